@@ -1,0 +1,155 @@
+"""The regular list that describes an irregular model: one frozen, checked record per layer.
+
+Every published format is read into these records (`formats.py`); the vLLM model class, the plain-PyTorch
+reference, the weight accounting and `vllm-puzzle inspect` all work from them and from nothing else.
+Not here: anything that needs torch, vLLM or a file. Standard library only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+class ConfigError(ValueError):
+    """A model description that cannot be served; the message says what, where, found and allowed."""
+
+
+def _require_positive(owner: str, **sizes: int) -> None:
+    for key, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{owner}, key `{key}`: found {value!r}, allowed: an integer of at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Causal self-attention with rotary positions.
+
+    `sliding_window` counts the tokens a query sees, itself included; None sees all.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    sliding_window: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "attention", num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim
+        )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"attention, key `num_key_value_heads`: found {self.num_kv_heads}, "
+                f"allowed: a divisor of the {self.num_heads} attention heads"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"attention, key `head_dim`: found {self.head_dim}, allowed: an even number (rotary)")
+        if self.sliding_window is not None:
+            _require_positive("attention", sliding_window=self.sliding_window)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearMap:
+    """One hidden × hidden matrix without bias in place of a sub-block; keeps its norm and its residual."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatedFFN:
+    """`down(silu(gate(x)) · up(x))` with `intermediate_size` columns in gate and up."""
+
+    intermediate_size: int
+
+    def __post_init__(self) -> None:
+        _require_positive("ffn", intermediate_size=self.intermediate_size)
+
+
+@dataclass(frozen=True, slots=True)
+class MoE:
+    """Routed gated FFNs: `num_experts` of width `intermediate_size`, `num_experts_per_tok` of them per token."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    intermediate_size: int
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "moe",
+            num_experts=self.num_experts,
+            num_experts_per_tok=self.num_experts_per_tok,
+            moe_intermediate_size=self.intermediate_size,
+        )
+        if self.num_experts_per_tok > self.num_experts:
+            raise ConfigError(
+                f"moe, key `num_experts_per_tok`: found {self.num_experts_per_tok}, "
+                f"allowed: at most the {self.num_experts} experts"
+            )
+
+
+AttentionKind = Attention | LinearMap | None
+FFNKind = GatedFFN | MoE | LinearMap | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """What one decoder layer computes: `x += attention(norm(x))`, then `x += ffn(norm(x))`.
+
+    None leaves the sub-block out whole: no norm, no residual addition, no KV cache.
+    """
+
+    attention: AttentionKind
+    ffn: FFNKind
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position parameters in Hugging Face's words (`modeling_rope_utils.RopeParameters`)."""
+
+    rope_theta: float = 10000.0
+    rope_type: str = "default"
+    factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """A decoder-only language model: the sizes all layers share, and the list of layers."""
+
+    model_type: str
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[LayerRecord, ...]
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: Rope
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "model",
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            max_position_embeddings=self.max_position_embeddings,
+        )
+        if not self.layers:
+            raise ConfigError("model, key `num_hidden_layers`: found 0, allowed: at least 1")
+
+    @property
+    def is_heterogeneous(self) -> bool:
+        """Whether any two layers differ, or any sub-block is not plain attention, FFN or MoE."""
+        first = self.layers[0]
+        plain = isinstance(first.attention, Attention) and isinstance(first.ffn, GatedFFN | MoE)
+        # A window on some layers only is ordinary for stock classes (`layer_types`); it does not count.
+        return not plain or any(_without_window(layer) != _without_window(first) for layer in self.layers)
+
+
+def _without_window(layer: LayerRecord) -> LayerRecord:
+    if isinstance(layer.attention, Attention):
+        return replace(layer, attention=replace(layer.attention, sliding_window=None))
+    return layer

@@ -1,0 +1,81 @@
+"""The checkpoint tensors that a model's records imply: name → shape.
+
+One table for four users: weight loading accounts for every tensor against it, `serve` checks the safetensors
+headers with it before the engine starts, `inspect` counts parameters, the reference model takes its names from it.
+Names as published for DeciLM / Llama-type checkpoints (NVIDIA Megatron-Bridge, TensorRT-LLM). Standard library only.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from vllm_puzzle.model_configs.schema import Attention, GatedFFN, LayerRecord, LinearMap, ModelRecord, MoE
+
+Shape = tuple[int, ...]
+
+
+def model_tensors(model: ModelRecord) -> dict[str, Shape]:
+    """All tensors of a checkpoint of `model`, by name, with their shapes (out × in for matrices)."""
+    hidden = model.hidden_size
+    tensors: dict[str, Shape] = {"model.embed_tokens.weight": (model.vocab_size, hidden)}
+    for index, layer in enumerate(model.layers):
+        tensors |= {f"model.layers.{index}.{name}": shape for name, shape in layer_tensors(model, layer).items()}
+    tensors["model.norm.weight"] = (hidden,)
+    if not model.tie_word_embeddings:
+        tensors["lm_head.weight"] = (model.vocab_size, hidden)
+    return tensors
+
+
+def layer_tensors(model: ModelRecord, layer: LayerRecord) -> dict[str, Shape]:
+    """The tensors of one layer, named relative to the layer. A no-op sub-block has none, its norm included."""
+    return _attention_tensors(model, layer) | _ffn_tensors(model, layer)
+
+
+def num_parameters(model: ModelRecord) -> int:
+    """Parameters of the whole model; tied embeddings count once."""
+    return sum(prod(shape) for shape in model_tensors(model).values())
+
+
+def _attention_tensors(model: ModelRecord, layer: LayerRecord) -> dict[str, Shape]:
+    hidden, attention = model.hidden_size, layer.attention
+    if attention is None:
+        return {}
+    tensors: dict[str, Shape] = {"input_layernorm.weight": (hidden,)}
+    if isinstance(attention, LinearMap):
+        return tensors | {"self_attn.linear_attn.weight": (hidden, hidden)}
+    q_size, kv_size = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
+    for name, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
+        tensors[f"self_attn.{name}_proj.weight"] = (size, hidden)
+        if model.qkv_bias:
+            tensors[f"self_attn.{name}_proj.bias"] = (size,)
+    tensors["self_attn.o_proj.weight"] = (hidden, q_size)
+    if model.o_bias:
+        tensors["self_attn.o_proj.bias"] = (hidden,)
+    if model.qk_norm:
+        tensors |= {f"self_attn.{name}_norm.weight": (attention.head_dim,) for name in "qk"}
+    return tensors
+
+
+def _ffn_tensors(model: ModelRecord, layer: LayerRecord) -> dict[str, Shape]:
+    hidden, ffn = model.hidden_size, layer.ffn
+    if ffn is None:
+        return {}
+    tensors: dict[str, Shape] = {"post_attention_layernorm.weight": (hidden,)}
+    if isinstance(ffn, LinearMap):
+        return tensors | {"mlp.linear_mlp.weight": (hidden, hidden)}
+    if isinstance(ffn, GatedFFN):
+        return tensors | _gated_tensors("mlp", hidden, ffn.intermediate_size, model.mlp_bias)
+    assert isinstance(ffn, MoE), "every FFN kind has its tensors here"
+    tensors["mlp.gate.weight"] = (ffn.num_experts, hidden)
+    for expert in range(ffn.num_experts):
+        tensors |= _gated_tensors(f"mlp.experts.{expert}", hidden, ffn.intermediate_size, model.mlp_bias)
+    return tensors
+
+
+def _gated_tensors(prefix: str, hidden: int, width: int, bias: bool) -> dict[str, Shape]:
+    tensors: dict[str, Shape] = {}
+    for name, out_size, in_size in (("gate", width, hidden), ("up", width, hidden), ("down", hidden, width)):
+        tensors[f"{prefix}.{name}_proj.weight"] = (out_size, in_size)
+        if bias:
+            tensors[f"{prefix}.{name}_proj.bias"] = (out_size,)
+    return tensors

@@ -1,0 +1,151 @@
+"""`PuzzleForCausalLM`: the class vLLM builds for a heterogeneous model.
+
+It reads the list of records, builds each layer as its record says, and passes tokens through. Capability
+interfaces are declared in this very file, because vLLM caches them under a hash of this file alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+
+import torch
+from torch import nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    PPMissingLayer,
+    WeightsMapper,
+    make_empty_intermediate_tensors_factory,
+    make_layers,
+    maybe_prefix,
+)
+from vllm.sequence import IntermediateTensors
+
+from vllm_puzzle.serving.hf_config import model_record
+from vllm_puzzle.serving.layers import PuzzleDecoderLayer, add_and_norm
+from vllm_puzzle.serving.weights import TensorAccount
+
+
+@support_torch_compile(
+    dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0}
+)
+class PuzzleModel(nn.Module):
+    """Embedding, the layers of this pipeline stage, final norm."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.record = record = model_record(vllm_config.model_config.hf_config)
+        self.quant_config = vllm_config.quant_config
+        stage = get_pp_group()
+        if stage.is_first_rank or (record.tie_word_embeddings and stage.is_last_rank):
+            self.embed_tokens = VocabParallelEmbedding(
+                record.vocab_size,
+                record.hidden_size,
+                quant_config=vllm_config.quant_config,
+                prefix=f"{prefix}.embed_tokens",
+            )
+        else:
+            self.embed_tokens = PPMissingLayer()
+
+        def build(prefix: str) -> PuzzleDecoderLayer:
+            return PuzzleDecoderLayer(record, record.layers[int(prefix.rpartition(".")[2])], vllm_config, prefix)
+
+        self.start_layer, self.end_layer, self.layers = make_layers(len(record.layers), build, prefix=f"{prefix}.layers")
+        self.norm = RMSNorm(record.hidden_size, eps=record.rms_norm_eps) if stage.is_last_rank else PPMissingLayer()
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
+            ["hidden_states", "residual"], record.hidden_size
+        )
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids: [num_tokens] → [num_tokens, hidden_size]."""
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """One pass of this stage over [num_tokens] tokens; the last stage returns normed hidden states."""
+        residual: torch.Tensor | None = None
+        if get_pp_group().is_first_rank:
+            hidden = inputs_embeds if inputs_embeds is not None else self.embed_input_ids(input_ids)
+        else:
+            assert intermediate_tensors is not None, "vLLM hands a later stage the earlier one's tensors"
+            hidden, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
+        for layer in islice(self.layers, self.start_layer, self.end_layer):
+            hidden, residual = layer(positions, hidden, residual)
+        if not get_pp_group().is_last_rank:
+            # A stage of empty layers only has no residual yet; zeros keep the pair's sum.
+            residual = torch.zeros_like(hidden) if residual is None else residual
+            return IntermediateTensors({"hidden_states": hidden, "residual": residual})
+        return add_and_norm(self.norm, hidden, residual)[0]
+
+
+class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
+    """A heterogeneous decoder-only language model: `PuzzleModel` and the output matrix."""
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={
+            ".q_proj": (".qkv_proj", "q"),
+            ".k_proj": (".qkv_proj", "k"),
+            ".v_proj": (".qkv_proj", "v"),
+            ".gate_proj": (".gate_up_proj", 0),
+            ".up_proj": (".gate_up_proj", 1),
+        }
+    )
+    packed_modules_mapping = {  # noqa: RUF012 — vLLM reads this class attribute
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    embedding_modules = {"embed_tokens": "input_embeddings", "lm_head": "output_embeddings"}  # noqa: RUF012
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.config = vllm_config.model_config.hf_config
+        self.quant_config = vllm_config.quant_config
+        self.model = PuzzleModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.record = record = self.model.record
+        self.lm_head = PPMissingLayer()
+        if get_pp_group().is_last_rank:
+            self.lm_head = ParallelLMHead(
+                record.vocab_size,
+                record.hidden_size,
+                quant_config=vllm_config.quant_config,
+                prefix=maybe_prefix(prefix, "lm_head"),
+            )
+            if record.tie_word_embeddings:
+                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+            self.logits_processor = LogitsProcessor(record.vocab_size)
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids: [num_tokens] → [num_tokens, hidden_size]."""
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """See PuzzleModel.forward."""
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """hidden_states: [num_tokens, hidden_size] → [num_tokens, vocab_size]."""
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint and return vLLM's names of what was loaded. Raises WeightsError (see weights.py)."""
+        account = TensorAccount(self.record, quantized=self.quant_config is not None)
+        return AutoWeightsLoader(self).load_weights(account.watch(weights), mapper=self.hf_to_vllm_mapper)

@@ -1,0 +1,86 @@
+"""Account for every tensor of a checkpoint, both ways, while vLLM loads it.
+
+vLLM 0.32 fills a layer whose tensors are missing with whatever memory holds (its check exempts unquantised linear
+layers). Here a missing, surplus or wrongly shaped tensor stops the start, with layer and name.
+The same check runs on the safetensors headers before the engine starts (`preflight.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord
+from vllm_puzzle.model_configs.tensors import Shape, model_tensors
+
+T = TypeVar("T")
+# Recomputed from the config by every engine; old Llama exports carry it.
+IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
+MAX_NAMED = 5
+
+
+class WeightsError(ConfigError):
+    """A checkpoint whose tensors are not those the configuration implies."""
+
+
+class TensorAccount:
+    """Ticks tensors off against a model's table; `quantized` checkpoints are held to module names only,
+    because each scheme stores its own tensors per module (scales, packed weights).
+    """
+
+    def __init__(self, record: ModelRecord, quantized: bool = False) -> None:
+        self.record = record
+        self.quantized = quantized
+        self.expected = model_tensors(record)
+        self.missing = set(self.expected)
+        self.modules = {name.rpartition(".")[0] for name in self.expected}
+
+    def see(self, name: str, shape: Shape) -> bool:
+        """Tick one tensor off; False when it is to be ignored. Raises WeightsError for surplus or misshapen ones."""
+        if IGNORED.search(name) or (name == "lm_head.weight" and self.record.tie_word_embeddings):
+            return False
+        if self.quantized:
+            return self._see_quantized(name)
+        if name not in self.expected:
+            raise WeightsError(f"{place(name)}: found a tensor that the configuration has no place for, allowed: none")
+        if tuple(shape) != self.expected[name]:
+            raise WeightsError(f"{place(name)}: found shape {tuple(shape)}, allowed: {self.expected[name]}")
+        if name not in self.missing:
+            raise WeightsError(f"{place(name)}: found twice, allowed: once")
+        self.missing.remove(name)
+        return True
+
+    def close(self) -> None:
+        """Raises WeightsError naming the tensors that never came."""
+        if self.missing:
+            names = sorted(self.missing, key=_natural)
+            more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+            listed = "; ".join(place(name) for name in names[:MAX_NAMED])
+            raise WeightsError(f"{listed}{more}: found nothing in the checkpoint, allowed: every tensor exactly once")
+
+    def watch(self, weights: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+        """Pass (name, tensor) pairs through, ticking each off; complains at the end about what is missing."""
+        for name, tensor in weights:
+            if self.see(name, tuple(tensor.shape)):  # type: ignore[attr-defined]
+                yield name, tensor
+        self.close()
+
+    def _see_quantized(self, name: str) -> bool:
+        module = name.rpartition(".")[0]
+        # KV-cache scales sit on the attention itself or on its k/v projections.
+        owner = module if module in self.modules else next((m for m in self.modules if m.startswith(f"{module}.")), None)
+        if owner is None:
+            raise WeightsError(f"{place(name)}: found a tensor that the configuration has no place for, allowed: none")
+        self.missing = {want for want in self.missing if want.rpartition(".")[0] != module}
+        return True
+
+
+def place(name: str) -> str:
+    """`model.layers.17.mlp.up_proj.weight` → `layer 17, tensor \\`mlp.up_proj.weight\\``."""
+    match = re.match(r"model\.layers\.(\d+)\.(.+)", name)
+    return f"layer {match[1]}, tensor `{match[2]}`" if match else f"tensor `{name}`"
+
+
+def _natural(name: str) -> list[int | str]:
+    return [f"{int(part):09d}" if part.isdigit() else part for part in re.split(r"(\d+)", name)]
