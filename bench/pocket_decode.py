@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vllm_puzzle.bench.pocket_tasks import Item, is_correct
 from vllm_puzzle.bench.pocket_tokenizer import END, END_THINK, PAD, decode, encode, render
-from vllm_puzzle.model_configs.schema import Attention, LayerRecord, LinearMap, ModelRecord
+from vllm_puzzle.model_configs.schema import Attention, LayerRecord, ModelRecord
 from vllm_puzzle.serving.reference_model import ReferenceModel
 
 MAX_NEW_TOKENS = 160
@@ -132,6 +132,3 @@ def accuracy(model: PocketModel, items: list[Item], thinking: bool, batch: int =
             for key in ("all", item.task, f"{item.task}/{item.level}"):
                 hits.setdefault(key, []).append(is_correct(item, answer(tokens, thinking)))
     return {key: sum(values) / len(values) for key, values in hits.items()}
-
-
-__all__ = ["MAX_NEW_TOKENS", "LinearMap", "PocketModel", "accuracy", "answer", "greedy"]

@@ -24,6 +24,7 @@ from vllm_puzzle.bench.pocket_decode import PocketModel, accuracy
 from vllm_puzzle.bench.pocket_export import PARENT, PUZZLE, export, load
 from vllm_puzzle.bench.pocket_optim import make_optimizers
 from vllm_puzzle.bench.pocket_tasks import CELLS, heldout
+from vllm_puzzle.bench.pocket_tokenizer import PAD
 
 POCKET = Path(__file__).parents[1] / "model_configs" / "pocket"
 RUNS = Path(__file__).parent / "runs"
@@ -85,7 +86,7 @@ class Trainer:
             loss = self._loss(batch) / num_targets
             loss.backward()
             total += loss.item()
-            self.tokens += batch.ids.numel()
+            self.tokens += int((batch.ids != PAD).sum())
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -131,7 +132,9 @@ def train(trainer: Trainer, run_dir: Path, out: Path) -> None:
         if trainer.step % 20 == 0:
             rate = (trainer.tokens - tokens_at) / (now - lines_at)
             loss = sum(losses) / len(losses)
-            print(f"step {trainer.step}/{plan.steps} tokens {trainer.tokens} tok/s {rate:.0f} loss {loss:.4f}", flush=True)
+            print(
+                f"step {trainer.step}/{plan.steps} tokens {trainer.tokens} tok/s {rate:.0f} loss {loss:.4f}", flush=True
+            )
             lines_at, tokens_at, losses = now, trainer.tokens, []
         if now - saved_at > plan.checkpoint_seconds or trainer.step == plan.steps:
             trainer.save(checkpoint)

@@ -36,6 +36,12 @@ def num_parameters(model: ModelRecord) -> int:
     return sum(prod(shape) for shape in model_tensors(model).values())
 
 
+def kv_bytes_per_token(model: ModelRecord, bytes_per_element: int = 2) -> int:
+    """KV-cache bytes that one token takes over all layers, before any window frees them."""
+    attentions = (layer.attention for layer in model.layers if isinstance(layer.attention, Attention))
+    return bytes_per_element * sum(2 * spec.num_kv_heads * spec.head_dim for spec in attentions)
+
+
 def _attention_tensors(model: ModelRecord, layer: LayerRecord) -> dict[str, Shape]:
     hidden, attention = model.hidden_size, layer.attention
     if attention is None:

@@ -29,16 +29,33 @@ def register() -> None:
     vllm_compat.check_vllm_version()
     AutoConfig.register("nemotron-nas", NemotronNasConfig, exist_ok=True)
     AutoConfig.register("llama", PuzzleLlamaConfig, exist_ok=True)
-    keep_stock = os.environ.get(DISABLE_OVERRIDES, "0") not in ("", "0")
-    for name, target in MODELS.items():
-        if name in OVERRIDES and keep_stock:
-            continue
-        ModelRegistry.register_model(name, target)
-    if not keep_stock:
+    for name in _served_names():
+        ModelRegistry.register_model(name, MODELS[name])
+        if name in OVERRIDES:
+            _logger().info("vllm-puzzle serves %s in place of vLLM's class (%s=1 keeps it)", name, DISABLE_OVERRIDES)
+    if "DeciLMForCausalLM" in _served_names():
         vllm_compat.use_record_sizes("nemotron-nas")
-        _logger().info(
-            "vllm-puzzle serves %s in place of vLLM's class (%s=1 keeps vLLM's)", ", ".join(OVERRIDES), DISABLE_OVERRIDES
-        )
+
+
+def register_classes() -> None:
+    """Register the classes themselves instead of their names, once the plugins are loaded.
+
+    A name makes vLLM inspect the class in a process of its own, which imports vLLM again (10 s and more, cached
+    afterwards). Worth it only where this process has to import the class anyway, as a forked engine does.
+    """
+    from vllm import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    from vllm_puzzle.serving.model import PuzzleForCausalLM
+
+    load_general_plugins()
+    for name in _served_names():
+        ModelRegistry.register_model(name, PuzzleForCausalLM)
+
+
+def _served_names() -> list[str]:
+    keep_stock = os.environ.get(DISABLE_OVERRIDES, "0") not in ("", "0")
+    return [name for name in MODELS if not (keep_stock and name in OVERRIDES)]
 
 
 def _logger() -> logging.Logger:

@@ -76,3 +76,15 @@ def resolve(target: str) -> Any:
 
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def fork_engine_core() -> None:
+    """Start EngineCore by fork, so that it inherits the imported vLLM instead of importing it again (CPU only).
+
+    vLLM's CPU platform sets the spawn method inside `create_engine_config`, after any setting of ours.
+    """
+    import multiprocessing
+
+    from vllm.v1.engine import utils as engine_utils
+
+    engine_utils.get_mp_context = lambda: multiprocessing.get_context("fork")

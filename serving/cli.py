@@ -1,0 +1,44 @@
+"""The `vllm-puzzle` command. Each subcommand imports only what it needs; `inspect` needs neither torch nor vLLM."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+USAGE = """\
+usage: vllm-puzzle serve [MODEL] [any flag of `vllm serve`]
+       vllm-puzzle inspect MODEL_OR_CONFIG [--json]
+
+  serve    start an OpenAI-compatible server; without MODEL, the pocket model that the package ships
+           (`vllm-puzzle serve --help` lists vLLM's flags)
+  inspect  show a model's layers, parameters and KV-cache bytes, from its config.json alone
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status. A user's mistake is one line on stderr and status 1."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    command, rest = arguments[0], arguments[1:]
+    from vllm_puzzle.model_configs.schema import ConfigError
+
+    try:
+        if command == "serve":
+            from vllm_puzzle.serving.serve import serve
+
+            return serve(rest)
+        if command == "inspect":
+            from vllm_puzzle.model_configs.inspect_model import inspect
+
+            return inspect(rest)
+    except ConfigError as error:
+        print(f"vllm-puzzle: {error}", file=sys.stderr)
+        return 1
+    print(f"vllm-puzzle: found subcommand {command!r}, allowed: serve, inspect", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

