@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm_puzzle.bench.pocket_tasks import CELLS, LADDER, Item, draw, draw_chat
 from vllm_puzzle.bench.pocket_tokenizer import END, END_THINK, PAD, encode, render
 
-MICRO_TOKENS = 2048  # padded tokens of one forward and backward pass
+MICRO_TOKENS = 1024  # padded tokens of one forward and backward pass
 _CURRICULUM = 1 / 3  # share of the run with easy levels more frequent
 _SYSTEM = (
     "You are a helpful assistant.",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from vllm_puzzle.bench.pocket_decode import PocketModel
 from vllm_puzzle.bench.pocket_tokenizer import END, PAD, VOCAB_SIZE, write_tokenizer
@@ -90,13 +90,13 @@ def config_of(record: ModelRecord) -> dict[str, Any]:
 
 def _block_config(layer: LayerRecord) -> dict[str, Any]:
     attention, ffn = layer.attention, layer.ffn
-    is_attention = isinstance(attention, Attention)
+    live = attention if isinstance(attention, Attention) else None
     return {
         "attention": {
-            "n_heads_in_group": attention.num_heads // attention.num_kv_heads if is_attention else None,
+            "n_heads_in_group": live.num_heads // live.num_kv_heads if live else None,
             "no_op": attention is None,
             "replace_with_linear": isinstance(attention, LinearMap),
-            "window_length": attention.sliding_window if is_attention else None,
+            "window_length": live.sliding_window if live else None,
             "num_sink_tokens": None,
             "sparsify": None,
             "unshifted_sink": False,
@@ -117,8 +117,7 @@ def export(model: PocketModel, folder: Path) -> None:
     _write_json(folder / "config.json", config_of(model.record))
     _write_json(folder / "generation_config.json", {"do_sample": False, "eos_token_id": END, "pad_token_id": PAD})
     tensors = {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.named_tensors().items()}
-    save_file(tensors, folder / "model.safetensors.new", metadata={"format": "pt"})
-    os.replace(folder / "model.safetensors.new", folder / "model.safetensors")
+    _write(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
 
 
 def load(folder: Path) -> PocketModel:
@@ -130,5 +129,9 @@ def load(folder: Path) -> PocketModel:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.with_suffix(".new").write_text(json.dumps(content, indent=2) + "\n")
+    _write(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.with_suffix(".new").write_bytes(content)
     os.replace(path.with_suffix(".new"), path)

@@ -234,7 +234,7 @@ def _global_window(config: Json, index: int) -> int | None:
         return window if layer_types[index] == "sliding_attention" else None
     if config["model_type"].startswith("qwen"):
         return None if not config.get("use_sliding_window") or index < config.get("max_window_layers", 0) else window
-    return window if config["model_type"] == "mistral" else None
+    return window
 
 
 def _llama_ffn(config: Json, index: int) -> FFNKind:

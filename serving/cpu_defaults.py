@@ -14,7 +14,7 @@ from pathlib import Path
 from vllm_puzzle.model_configs.schema import ModelRecord
 from vllm_puzzle.model_configs.tensors import kv_bytes_per_token
 
-MIB = 2**20
+MIN_KV_BYTES = 64 * 2**20
 NUM_FULL_SEQUENCES = 64
 # Below this hidden size one matrix-vector product is shorter than waking a second thread (measured, see README).
 SMALL_HIDDEN_SIZE = 1024
@@ -41,36 +41,48 @@ def is_cpu_engine() -> bool:
     return False
 
 
-def cpu_settings(record: ModelRecord | None, is_single_process: bool) -> list[Setting]:
-    """The settings for this machine; `record` None when the model's configuration is not one we read."""
+def cpu_settings(record: ModelRecord | None, num_ranks: int = 1) -> list[Setting]:
+    """The settings for this machine. `record` is None when the model's configuration is not one we read."""
     cores = len(os.sched_getaffinity(0))
     small = record is not None and record.hidden_size < SMALL_HIDDEN_SIZE
     threads = 1 if small else cores
     why_threads = f"hidden size below {SMALL_HIDDEN_SIZE}: a second thread costs more than it saves"
-    kv_bytes, why_kv = _kv_cache_bytes(record)
     settings = [
         Setting("OMP_NUM_THREADS", str(threads), why_threads if small else "all cores", is_environment=True),
         Setting("OMP_WAIT_POLICY", "PASSIVE", "waiting threads must not spin", is_environment=True),
-        Setting("kv_cache_memory_bytes", kv_bytes, why_kv),
+        _kv_cache_setting(record),
         Setting("enforce_eager", True, "compilation takes minutes and gained nothing measurable at this size"),
     ]
     if not _has_fast_bfloat16():
         settings.append(Setting("dtype", "float32", "this CPU has no bfloat16 arithmetic"))
-    if is_single_process:
+    if num_ranks == 1:
         why = "one rank: the worker needs no process of its own"
         settings.append(Setting("VLLM_ENABLE_V1_MULTIPROCESSING", "0", why, is_environment=True))
+    else:
+        why = "vLLM binds one rank per NUMA node by itself; here they share the cores"
+        settings.append(Setting("VLLM_CPU_OMP_THREADS_BIND", thread_binding(num_ranks), why, is_environment=True))
     return settings
 
 
-def _kv_cache_bytes(record: ModelRecord | None) -> tuple[int, str]:
-    """Room for NUM_FULL_SEQUENCES, within a quarter of the free memory; touching more makes the start slower."""
+def thread_binding(num_ranks: int) -> str:
+    """The allowed cores split over the ranks, in vLLM's notation (`0,1|2,3`); `nobind` with fewer cores than ranks."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < num_ranks:
+        return "nobind"
+    share = len(cores) // num_ranks
+    return "|".join(",".join(map(str, cores[rank * share : (rank + 1) * share])) for rank in range(num_ranks))
+
+
+def _kv_cache_setting(record: ModelRecord | None) -> Setting:
+    """Room for NUM_FULL_SEQUENCES, within a quarter of the free memory: touching more makes the start slower."""
     limit = _available_bytes() // 4
-    if record is None:
-        return limit, "a quarter of the free memory; stock takes most of it"
-    wanted = NUM_FULL_SEQUENCES * record.max_position_embeddings * kv_bytes_per_token(record, bytes_per_element=4)
+    wanted = limit + 1
+    if record is not None:
+        wanted = NUM_FULL_SEQUENCES * record.max_position_embeddings * kv_bytes_per_token(record, bytes_per_element=4)
     if wanted > limit:
-        return limit, "a quarter of the free memory; stock takes most of it"
-    return max(wanted, 64 * MIB), f"{NUM_FULL_SEQUENCES} sequences of full length; stock takes most of the memory"
+        return Setting("kv_cache_memory_bytes", limit, "a quarter of the free memory; stock takes most of it")
+    why = f"{NUM_FULL_SEQUENCES} sequences of full length; stock takes most of the memory"
+    return Setting("kv_cache_memory_bytes", max(wanted, MIN_KV_BYTES), why)
 
 
 def _available_bytes() -> int:

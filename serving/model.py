@@ -28,6 +28,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
+from vllm_puzzle.serving import vllm_compat
 from vllm_puzzle.serving.hf_config import model_record
 from vllm_puzzle.serving.layers import PuzzleDecoderLayer, add_and_norm
 from vllm_puzzle.serving.weights import TensorAccount
@@ -57,6 +58,8 @@ class PuzzleModel(nn.Module):
         def build(prefix: str) -> PuzzleDecoderLayer:
             return PuzzleDecoderLayer(record, record.layers[int(prefix.rpartition(".")[2])], vllm_config, prefix)
 
+        if not stage.is_first_rank:
+            vllm_compat.allocate_stage_inputs_on_demand()
         self.start_layer, self.end_layer, self.layers = make_layers(len(record.layers), build, prefix=f"{prefix}.layers")
         self.norm = RMSNorm(record.hidden_size, eps=record.rms_norm_eps) if stage.is_last_rank else PPMissingLayer()
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(

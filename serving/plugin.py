@@ -27,6 +27,7 @@ def register() -> None:
     from vllm_puzzle.serving.hf_config import NemotronNasConfig, PuzzleLlamaConfig
 
     vllm_compat.check_vllm_version()
+    vllm_compat.allow_attention_free_stages()
     AutoConfig.register("nemotron-nas", NemotronNasConfig, exist_ok=True)
     AutoConfig.register("llama", PuzzleLlamaConfig, exist_ok=True)
     for name in _served_names():

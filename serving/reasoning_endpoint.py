@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from vllm_puzzle.serving import vllm_compat
 from vllm_puzzle.serving.reasoning import RequestError, needs_system_line, read_switch, with_system_line
 
 # Both take a ChatCompletionRequest; the Anthropic handler translates into one and calls its own method.
@@ -28,7 +29,8 @@ class ReasoningPlugin:
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Wrap each chat handler that this server has."""
         model_config = engine_client.model_config
-        template = _chat_template(engine_client, args)
+        tokenizer = getattr(engine_client.renderer, "tokenizer", None)
+        template = vllm_compat.chat_template_text(args.chat_template, tokenizer)
         by_system_line = needs_system_line(template, getattr(model_config.hf_config, "model_type", ""))
         for name in HANDLERS:
             handler = getattr(state, name, None)
@@ -63,15 +65,3 @@ def apply_switch(request: Any, by_system_line: bool) -> None:
     if by_system_line:
         request.messages = with_system_line(request.messages, switch.is_on)
 
-
-def _chat_template(engine_client: Any, args: Any) -> str:
-    """The template the server renders with, as text; empty when there is none."""
-    from vllm.renderers.chat_utils import load_chat_template
-
-    if args.chat_template:
-        return load_chat_template(args.chat_template) or ""
-    tokenizer = getattr(engine_client.renderer, "tokenizer", None)
-    template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, dict):
-        return "\n".join(template.values())
-    return template or ""

@@ -33,7 +33,7 @@ def serve(argv: Sequence[str]) -> int:
         say(1, f"checking {request.model}")
         record = check(request)
         if is_cpu_engine():
-            settings = cpu_settings(record, request.is_single_process)
+            settings = cpu_settings(record, request.num_ranks)
     flags = _apply(settings)
     _name_plugins()
     if not wants_help:
@@ -71,22 +71,20 @@ def _name_plugins() -> None:
 
 
 def _run_vllm(argv: Sequence[str], request: Request, flags: dict[str, Any]) -> int:
-    import uvloop  # noqa: F401 — fails here, not later, when vLLM is missing
-    from vllm.entrypoints.cli.serve import ServeSubcommand, make_arg_parser
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from vllm_puzzle.serving import vllm_compat
     from vllm_puzzle.serving.plugin import register_classes
 
+    command_class, make_arg_parser, cli_env_setup = vllm_compat.serve_command()
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="vllm-puzzle serve", usage="%(prog)s [MODEL] [options]"))
     parser.set_defaults(model_tag=request.model, host="127.0.0.1", **request.defaults, **flags)
     # vLLM's parser looks for the word `serve` to place --config.
     args = parser.parse_args(list(argv))
     configure_logging_from_args(args)
-    command = ServeSubcommand()
+    command = command_class()
     command.validate(args)
     if flags and request.is_single_process:
         vllm_compat.fork_engine_core()

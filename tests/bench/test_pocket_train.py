@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_puzzle.bench import pocket_train
 from vllm_puzzle.bench.pocket_data import draw_sample, step_batches
@@ -19,7 +19,7 @@ from vllm_puzzle.bench.pocket_tokenizer import END_THINK, decode, encode, render
 from vllm_puzzle.model_configs.schema import Attention, GatedFFN, LinearMap
 from vllm_puzzle.serving.reference_model import ReferenceModel
 
-PLAN = pocket_train.Plan(steps=4, step_tokens=512, lr=0.005, seed=0, probe_every=1000, checkpoint_seconds=1e9)
+PLAN = pocket_train.Plan(steps=4, step_tokens=256, lr=0.005, seed=0, probe_every=1000, checkpoint_seconds=1e9)
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +236,19 @@ def test_distillation_runs_and_its_folder_loads_again(parent: PocketModel, tmp_p
     loaded = load(tmp_path / "child").named_tensors()
     for name, tensor in trainer.model.named_tensors().items():
         assert loaded[name].equal(tensor.to(torch.bfloat16).float()), name
+
+
+def test_hugging_face_computes_the_exported_parent_alike(parent: PocketModel, tmp_path: Path) -> None:
+    export(parent, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.randint(0, 263, (2, 40))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, load(tmp_path)(ids), rtol=1e-3, atol=1e-4)
+
+
+def test_the_tokenizer_loads_from_the_puzzles_folder(parent: PocketModel, tmp_path: Path) -> None:
+    export(PocketModel(PUZZLE), tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).encode("<think>7") == encode("<think>7")
 
 
 def test_the_puzzles_configuration_spells_out_every_layer() -> None:

@@ -1,0 +1,112 @@
+"""`vllm-puzzle inspect`: a model's layers as a table or as JSON, from its config.json alone. Standard library only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from vllm_puzzle.model_configs.formats import read_model
+from vllm_puzzle.model_configs.schema import Attention, ConfigError, GatedFFN, LayerRecord, LinearMap, ModelRecord, MoE
+from vllm_puzzle.model_configs.tensors import kv_bytes_per_token, layer_tensors, num_parameters
+
+COLUMNS = ("layers", "attention", "kv_heads", "window", "ffn", "ffn_width", "experts", "params_per_layer")
+# What one cached element takes under vLLM's --kv-cache-dtype names.
+KV_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}
+
+
+def inspect(argv: Sequence[str]) -> int:
+    """Print the table (or JSON) of one model. Raises ConfigError when the configuration cannot be read."""
+    parser = argparse.ArgumentParser(prog="vllm-puzzle inspect", allow_abbrev=False)
+    parser.add_argument("model", help="a model directory or a config.json")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
+    options = parser.parse_args(argv)
+    record = load_record(options.model)
+    print(json.dumps(describe(record)) if options.json else format_table(record))
+    return 0
+
+
+def load_record(model: str | Path) -> ModelRecord:
+    """Read a model directory's config.json, or the file itself, into its record."""
+    path = Path(model)
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"{file}: found {error.strerror}, allowed: a model directory or a config.json") from None
+    except ValueError as error:
+        raise ConfigError(f"{file}: found {error}, allowed: a JSON object") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file}: found a JSON {type(config).__name__}, allowed: an object")
+    return read_model(config)
+
+
+def describe(record: ModelRecord) -> dict[str, Any]:
+    """The record as JSON-ready data: sizes of the whole and one entry per layer."""
+    return {
+        "architecture": record.architecture,
+        "model_type": record.model_type,
+        "is_heterogeneous": record.is_heterogeneous,
+        "num_layers": len(record.layers),
+        "num_attention_layers": sum(isinstance(layer.attention, Attention) for layer in record.layers),
+        "hidden_size": record.hidden_size,
+        "vocab_size": record.vocab_size,
+        "num_parameters": num_parameters(record),
+        "kv_bytes_per_token": {dtype: kv_bytes_per_token(record, size) for dtype, size in KV_DTYPE_BYTES.items()},
+        "layers": [{"layer": index, **_layer_row(record, layer)} for index, layer in enumerate(record.layers)],
+    }
+
+
+def format_table(record: ModelRecord) -> str:
+    """The model as text: a title line, one row per run of equal layers, totals."""
+    rows = [COLUMNS]
+    for first, last, layer in _runs(record.layers):
+        row = _layer_row(record, layer)
+        name = str(first) if first == last else f"{first}-{last}"
+        cells = [row[key] for key in COLUMNS[1:-1]]
+        rows.append((name, *("-" if cell is None else str(cell) for cell in cells), format(row["params_per_layer"], ",")))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    kind = "heterogeneous" if record.is_heterogeneous else "homogeneous"
+    title = f"{record.architecture} ({record.model_type}), {kind}, {len(record.layers)} layers, hidden {record.hidden_size}"
+    attentions = sum(isinstance(layer.attention, Attention) for layer in record.layers)
+    kv = ", ".join(f"{kv_bytes_per_token(record, size):,} {dtype}" for dtype, size in KV_DTYPE_BYTES.items())
+    totals = [
+        f"attention layers   {attentions}",
+        f"parameters         {num_parameters(record):,}",
+        f"KV bytes per token {kv}",
+    ]
+    return "\n".join([title, "", *lines, "", *totals])
+
+
+def _layer_row(record: ModelRecord, layer: LayerRecord) -> dict[str, Any]:
+    attention, ffn = layer.attention, layer.ffn
+    return {
+        "attention": _attention_kind(attention),
+        "kv_heads": attention.num_kv_heads if isinstance(attention, Attention) else None,
+        "window": attention.sliding_window if isinstance(attention, Attention) else None,
+        "ffn": {GatedFFN: "gated", MoE: "moe", LinearMap: "linear"}.get(type(ffn)),
+        "ffn_width": ffn.intermediate_size if isinstance(ffn, GatedFFN | MoE) else None,
+        "experts": f"{ffn.num_experts_per_tok}/{ffn.num_experts}" if isinstance(ffn, MoE) else None,
+        "params_per_layer": sum(prod(shape) for shape in layer_tensors(record, layer).values()),
+    }
+
+
+def _attention_kind(attention: Attention | LinearMap | None) -> str | None:
+    if isinstance(attention, Attention):
+        return "full" if attention.sliding_window is None else "window"
+    return "linear" if isinstance(attention, LinearMap) else None
+
+
+def _runs(layers: tuple[LayerRecord, ...]) -> list[tuple[int, int, LayerRecord]]:
+    """(first, last, record) for each run of equal neighbours."""
+    runs: list[tuple[int, int, LayerRecord]] = []
+    for index, layer in enumerate(layers):
+        if runs and runs[-1][2] == layer:
+            runs[-1] = (runs[-1][0], index, layer)
+        else:
+            runs.append((index, index, layer))
+    return runs

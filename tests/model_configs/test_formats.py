@@ -1,0 +1,169 @@
+"""Published configurations become the right records; anything not understood is refused with its place."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm_puzzle.model_configs.formats import ffn_mult_to_width, read_model
+from vllm_puzzle.model_configs.schema import Attention, ConfigError, GatedFFN, LayerRecord, LinearMap, MoE
+from vllm_puzzle.model_configs.tensors import kv_bytes_per_token, num_parameters
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def attention_block(**changes: Any) -> dict[str, Any]:
+    """DeciLM's attention entry with all published keys, live with 2 query heads per KV head."""
+    block = {
+        "n_heads_in_group": 2,
+        "no_op": False,
+        "num_sink_tokens": None,
+        "replace_with_linear": False,
+        "sparsify": None,
+        "unshifted_sink": False,
+        "use_prefill_window_in_sink_attention": False,
+        "window_length": None,
+    }
+    return block | changes
+
+
+def ffn_block(**changes: Any) -> dict[str, Any]:
+    return {"ffn_mult": 3.0, "no_op": False, "replace_with_linear": False, "sparsify": None} | changes
+
+
+def deci(*blocks: dict[str, Any]) -> dict[str, Any]:
+    base = {key: value for key, value in LLAMA.items() if key not in ("intermediate_size", "num_key_value_heads")}
+    return base | {
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": "nemotron-nas",
+        "num_hidden_layers": len(blocks),
+        "block_configs": list(blocks),
+    }
+
+
+def block(attention: dict[str, Any] | None = None, ffn: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"attention": attention or attention_block(), "ffn": ffn or ffn_block()}
+
+
+def test_a_homogeneous_llama_has_equal_layers() -> None:
+    record = read_model(LLAMA)
+    assert record.layers == (LayerRecord(Attention(4, 2, 16), GatedFFN(96)),) * 3
+    assert not record.is_heterogeneous
+
+
+def test_skip_and_sparse_overrides_reach_their_layers_only() -> None:
+    overrides = {"01": {"skip": ["attention"]}, "2": {"num_key_value_heads": 1, "skip": ["mlp"]}}
+    record = read_model(LLAMA | {"per_layer_config": overrides})
+    assert record.layers[0] == LayerRecord(Attention(4, 2, 16), GatedFFN(96))
+    assert record.layers[1] == LayerRecord(None, GatedFFN(96))
+    assert record.layers[2] == LayerRecord(Attention(4, 1, 16), None)
+    assert record.is_heterogeneous
+
+
+def test_a_layers_own_window_wins_over_the_global_one() -> None:
+    config = LLAMA | {"sliding_window": 8, "per_layer_config": {"1": {"sliding_window": None}, "2": {"sliding_window": 4}}}
+    windows = [layer.attention.sliding_window for layer in read_model(config).layers]  # type: ignore[union-attr]
+    assert windows == [8, None, 4]
+
+
+def test_deci_blocks_of_every_kind_are_read() -> None:
+    linear_attention = attention_block(n_heads_in_group=None, replace_with_linear=True)
+    no_attention = attention_block(n_heads_in_group=None, no_op=True)
+    linear_ffn, no_ffn = ffn_block(ffn_mult=None, replace_with_linear=True), ffn_block(ffn_mult=None, no_op=True)
+    record = read_model(
+        deci(
+            block(attention_block(n_heads_in_group=4, window_length=32)),
+            block(linear_attention, linear_ffn),
+            block(no_attention, ffn_block(ffn_mult=None, intermediate_size=40)),
+            block(ffn=no_ffn),
+        )
+    )
+    assert record.layers == (
+        LayerRecord(Attention(4, 1, 16, sliding_window=32), GatedFFN(256)),
+        LayerRecord(LinearMap(), LinearMap()),
+        LayerRecord(None, GatedFFN(40)),
+        LayerRecord(Attention(4, 2, 16), None),
+    )
+
+
+@pytest.mark.parametrize(
+    ("ffn_mult", "hidden", "width"),
+    [(5.25, 8192, 28672), (0.5, 8192, 2816), (1.3125, 8192, 7168), (1.0, 8192, 5632), (39.0, 16384, 425984)],
+)
+def test_ffn_mult_gives_the_published_widths(ffn_mult: float, hidden: int, width: int) -> None:
+    assert ffn_mult_to_width(ffn_mult, hidden) == width
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "attention_layers", "kv_bytes"),
+    [("nemotron-super-49b-v1.json", 49_867_145_216, 49, 200_704), ("nemotron-ultra-253b-v1.json", 253_401_268_224, 64, 262_144)],
+)
+def test_the_published_nemotron_configurations_have_their_published_sizes(
+    root: Path, name: str, parameters: int, attention_layers: int, kv_bytes: int
+) -> None:
+    record = read_model(json.loads((root / "tests" / "configs" / name).read_text()))
+    assert num_parameters(record) == parameters
+    assert sum(isinstance(layer.attention, Attention) for layer in record.layers) == attention_layers
+    assert kv_bytes_per_token(record) == kv_bytes
+
+
+def test_qwen3_moe_layers_have_experts() -> None:
+    config = LLAMA | {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    record = read_model(config | {"mlp_only_layers": [1]})
+    assert [layer.ffn for layer in record.layers] == [MoE(8, 2, 32), GatedFFN(96), MoE(8, 2, 32)]
+    assert record.qk_norm
+
+
+BAD = [
+    (LLAMA | {"model_type": "gpt2"}, "key `model_type`: found 'gpt2', allowed: nemotron-nas, llama"),
+    (LLAMA | {"num_key_value_heads": 3}, "layer 0, attention, key `num_key_value_heads`: found 3, allowed: a divisor of the 4"),
+    (LLAMA | {"hidden_size": 66}, "layer 0, model, key `hidden_size`: found 66, allowed: a multiple of the 4"),
+    (LLAMA | {"intermediate_size": 0}, "layer 0, ffn, key `intermediate_size`: found 0"),
+    (LLAMA | {"per_layer_config": {"7": {}}}, "key `per_layer_config`: found layers [7], allowed: 0 to 2"),
+    (LLAMA | {"per_layer_config": {"1": {"skip": ["norm"]}}}, "layer 1, per_layer_config, key `skip`: found 'norm'"),
+    (LLAMA | {"per_layer_config": {"1": {"n_embd": 3}}}, "layer 1, per_layer_config, key `n_embd`: found an unknown key"),
+    (LLAMA | {"hidden_act": "gelu"}, "key `hidden_act`: found 'gelu', allowed: 'silu'"),
+    ({k: v for k, v in LLAMA.items() if k != "vocab_size"}, "key `vocab_size`: found nothing"),
+    (deci(block()) | {"num_hidden_layers": 2}, "key `block_configs`: found 1 entries, allowed: num_hidden_layers = 2"),
+    (deci(block(attention_block(n_heads_in_group=3))), "layer 0, attention, key `n_heads_in_group`: found 3"),
+    (deci(block(attention_block(n_heads_in_group=None))), "layer 0, attention, key `n_heads_in_group`: found null"),
+    (deci(block(), block(attention_block(num_sink_tokens=4))), "layer 1, attention, key `num_sink_tokens`: found 4"),
+    (deci(block(attention_block(windowlength=4))), "layer 0, attention, key `windowlength`: found an unknown key"),
+    (deci(block(ffn=ffn_block(ffn_mult=None))), "layer 0, ffn, key `ffn_mult`: found null"),
+    (deci(block(ffn=ffn_block(ffn_mult="wide"))), "layer 0, ffn, key `ffn_mult`: found 'wide'"),
+    (deci(block(ffn=ffn_block(intermediate_size=100))), "layer 0, ffn, key `intermediate_size`: found 100, allowed: 256"),
+    (deci(block(ffn=ffn_block(moe={"num_local_experts": 4}))), "layer 0, ffn, key `moe`: found"),
+    (deci({"attention": attention_block(), "mlp": {}}), "layer 0, block, key `mlp`: found an unknown key"),
+    (deci({"attention": attention_block()}), "layer 0, key `ffn`: found None, allowed: an object"),
+    (deci(block(attention_block(window_length=0))), "layer 0, attention, key `sliding_window`: found 0"),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), BAD, ids=[message[:60] for _, message in BAD])
+def test_a_bad_configuration_is_refused_in_one_line_with_its_place(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_model(config)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "allowed:" in str(caught.value)
+
+
+def test_reading_leaves_the_configuration_untouched() -> None:
+    config = deci(block(), block())
+    before = copy.deepcopy(config)
+    read_model(config)
+    assert config == before

@@ -1,0 +1,63 @@
+"""Every private symbol in the ledger exists in the installed vLLM, and the code touches no other one."""
+
+from __future__ import annotations
+
+import pytest
+from vllm_puzzle.serving import plugin, vllm_compat
+
+
+@pytest.mark.parametrize("entry", vllm_compat.LEDGER, ids=lambda entry: entry.target)
+def test_a_ledger_entry_resolves_and_says_why_and_until_when(entry: vllm_compat.LedgerEntry) -> None:
+    assert vllm_compat.resolve(entry.target) is not None
+    assert all(len(text) > 5 for text in (entry.why, entry.upstream, entry.remove_when))
+
+
+def test_an_unsupported_vllm_is_refused_by_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    vllm_compat.check_vllm_version()
+    monkeypatch.setattr(vllm, "__version__", "0.31.9")
+    with pytest.raises(RuntimeError, match=r"found vLLM 0\.31\.9, allowed: >=0\.32,<0\.34"):
+        vllm_compat.check_vllm_version()
+
+
+def test_registering_twice_is_harmless_and_the_names_are_ours() -> None:
+    from vllm import ModelRegistry
+
+    plugin.register()
+    plugin.register()
+    for name in plugin.MODELS:
+        assert ModelRegistry.models[name].module_name == "vllm_puzzle.serving.model"
+
+
+def test_vllm_finds_the_plugins_by_their_entry_points() -> None:
+    from importlib.metadata import entry_points
+
+    assert {e.name: e.value for e in entry_points(group="vllm.general_plugins")}["puzzle"] == "vllm_puzzle.serving.plugin:register"
+    (endpoint,) = (e for e in entry_points(group="vllm.endpoint_plugins") if e.name == "puzzle_reasoning")
+    assert endpoint.load()().name == "puzzle_reasoning"
+
+
+def test_the_kv_head_count_is_the_largest_layers_and_survives_a_linear_first_layer() -> None:
+    import checkpoints
+    from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
+    from vllm_puzzle.serving.hf_config import NemotronNasConfig
+
+    plugin.register()
+    blocks = [checkpoints.deci_block("linear", 32), checkpoints.deci_block(4, 32), checkpoints.deci_block(2, 32)]
+    config = NemotronNasConfig(**{k: v for k, v in checkpoints.deci_config(blocks).items() if k != "model_type"})
+    assert MODEL_ARCH_CONFIG_CONVERTORS["nemotron-nas"](config, config).get_total_num_kv_heads() == 2
+
+
+def test_a_homogeneous_llama_keeps_vllms_class_and_a_heterogeneous_one_gets_ours() -> None:
+    import checkpoints
+    from vllm_puzzle.serving.hf_config import PUZZLE_ARCHITECTURE, PuzzleLlamaConfig, model_record
+
+    config = {k: v for k, v in checkpoints.per_layer_config().items() if k != "model_type"}
+    assert PuzzleLlamaConfig(**config).architectures == [PUZZLE_ARCHITECTURE]
+    assert PuzzleLlamaConfig(**config | {"per_layer_config": None}).architectures == ["LlamaForCausalLM"]
+    assert PuzzleLlamaConfig(**config | {"per_layer_config": {"1": {"num_key_value_heads": 4}}}).architectures == ["LlamaForCausalLM"]
+    windowed = PuzzleLlamaConfig(**config | {"sliding_window": 12})
+    assert windowed.sliding_window is None
+    windows = [layer.attention.sliding_window for layer in model_record(windowed).layers if layer.attention]  # type: ignore[union-attr]
+    assert windows == [12, 12, 16, 12]

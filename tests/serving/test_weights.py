@@ -1,0 +1,77 @@
+"""Weight accounting: every tensor of the table, each once, nothing else."""
+
+from __future__ import annotations
+
+import checkpoints
+import pytest
+import torch
+from vllm_puzzle.model_configs.formats import read_model
+from vllm_puzzle.model_configs.tensors import model_tensors
+from vllm_puzzle.serving.weights import TensorAccount, WeightsError, place
+
+RECORD = read_model(checkpoints.deci_config(checkpoints.ALL_KINDS))
+TENSORS = {name: torch.empty(shape) for name, shape in model_tensors(RECORD).items()}
+
+
+def load(tensors: dict[str, torch.Tensor], quantized: bool = False) -> list[str]:
+    return [name for name, _ in TensorAccount(RECORD, quantized).watch(tensors.items())]
+
+
+def test_a_complete_checkpoint_passes_through_whole() -> None:
+    assert load(TENSORS) == list(TENSORS)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_each_missing_tensor_is_named_with_its_layer(name: str) -> None:
+    with pytest.raises(WeightsError) as caught:
+        load({key: value for key, value in TENSORS.items() if key != name})
+    assert place(name) in str(caught.value)
+
+
+def test_many_missing_tensors_are_counted_in_one_line() -> None:
+    with pytest.raises(WeightsError, match=r"layer 1, .* and \d+ more: found nothing in the checkpoint") as caught:
+        load({name: tensor for name, tensor in TENSORS.items() if not name.startswith("model.layers.")})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("model.layers.0.input_layernorm.weight", "layer 0, tensor `input_layernorm.weight`"),
+        ("model.layers.6.self_attn.q_proj.weight", "layer 6, tensor `self_attn.q_proj.weight`"),
+        ("model.layers.2.self_attn.k_scale", "layer 2, tensor `self_attn.k_scale`"),
+        ("visual.patch.weight", "tensor `visual.patch.weight`"),
+    ],
+)
+def test_a_surplus_tensor_is_refused(name: str, where: str) -> None:
+    with pytest.raises(WeightsError, match="no place for") as caught:
+        load({**TENSORS, name: torch.empty(1)})
+    assert where in str(caught.value)
+
+
+def test_a_wrong_shape_is_refused_with_both_shapes() -> None:
+    wrong = {**TENSORS, "model.layers.1.mlp.up_proj.weight": torch.empty(47, 64)}
+    with pytest.raises(WeightsError, match=r"layer 1, .*found shape \(47, 64\), allowed: \(48, 64\)"):
+        load(wrong)
+
+
+def test_a_tensor_that_comes_twice_is_refused() -> None:
+    with pytest.raises(WeightsError, match="found twice"):
+        list(TensorAccount(RECORD).watch([*TENSORS.items(), ("model.norm.weight", torch.empty(64))]))
+
+
+def test_rotary_buffers_of_old_exports_are_left_out() -> None:
+    assert "rotary" not in " ".join(load({**TENSORS, "model.layers.2.self_attn.rotary_emb.inv_freq": torch.empty(16)}))
+
+
+def test_a_quantized_checkpoint_is_held_to_module_names() -> None:
+    quantized = dict(TENSORS)
+    weight = quantized.pop("model.layers.2.mlp.up_proj.weight")
+    quantized |= {"model.layers.2.mlp.up_proj.weight_packed": weight, "model.layers.2.mlp.up_proj.weight_scale": weight}
+    quantized["model.layers.2.self_attn.k_scale"] = torch.ones(())
+    assert set(load(quantized, quantized=True)) == set(quantized)
+    with pytest.raises(WeightsError, match="layer 0"):
+        load({**quantized, "model.layers.0.mlp.up_proj.weight_scale": weight}, quantized=True)
+    del quantized["model.layers.2.mlp.up_proj.weight_packed"], quantized["model.layers.2.mlp.up_proj.weight_scale"]
+    with pytest.raises(WeightsError, match="layer 2, tensor `mlp.up_proj.weight`"):
+        load(quantized, quantized=True)
