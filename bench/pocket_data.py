@@ -11,7 +11,6 @@ from random import Random
 
 import torch
 from torch import Tensor
-
 from vllm_puzzle.bench.pocket_tasks import CELLS, LADDER, Item, draw, draw_chat
 from vllm_puzzle.bench.pocket_tokenizer import END, END_THINK, PAD, encode, render
 
@@ -79,13 +78,13 @@ def _sample(prompt: list[int], completion: list[int], excluded: int | None) -> S
     return Sample(prompt + completion, is_target)
 
 
-def step_batches(seed: int, step: int, num_steps: int, step_tokens: int) -> list[Batch]:
-    """The batches of one optimiser step, about `step_tokens` tokens in all, bucketed by length."""
+def step_batches(seed: int, step: int, progress: float, step_tokens: int) -> list[Batch]:
+    """The batches of one optimiser step, about `step_tokens` tokens in all, bucketed by length; progress: 0..1."""
     rng = Random(f"train/{seed}/{step}")
     samples: list[Sample] = []
     tokens = 0
     while tokens < step_tokens:
-        samples.append(draw_sample(rng, step / max(1, num_steps)))
+        samples.append(draw_sample(rng, progress))
         tokens += len(samples[-1].ids)
     samples.sort(key=lambda sample: len(sample.ids))
     batches: list[Batch] = []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-
 from vllm_puzzle.bench.pocket_tasks import Item, is_correct
 from vllm_puzzle.bench.pocket_tokenizer import END, END_THINK, PAD, decode, encode, render
 from vllm_puzzle.model_configs.schema import Attention, LayerRecord, ModelRecord

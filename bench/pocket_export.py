@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
-
 from vllm_puzzle.bench.pocket_decode import PocketModel
 from vllm_puzzle.bench.pocket_tokenizer import END, PAD, VOCAB_SIZE, write_tokenizer
 from vllm_puzzle.model_configs.schema import Attention, GatedFFN, LayerRecord, LinearMap, ModelRecord, Rope
@@ -115,7 +114,9 @@ def export(model: PocketModel, folder: Path) -> None:
     """Write a model folder: configuration, bf16 weights, tokenizer and chat template. README.md is left alone."""
     write_tokenizer(folder)
     _write_json(folder / "config.json", config_of(model.record))
-    _write_json(folder / "generation_config.json", {"do_sample": False, "eos_token_id": END, "pad_token_id": PAD})
+    # vLLM ignores do_sample and would sample at temperature 1; both spellings say greedy.
+    greedy = {"do_sample": False, "temperature": 0.0, "eos_token_id": END, "pad_token_id": PAD}
+    _write_json(folder / "generation_config.json", greedy)
     tensors = {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.named_tensors().items()}
     _write(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-
 from vllm_puzzle.bench.pocket_data import Batch
 from vllm_puzzle.bench.pocket_decode import PocketModel
 from vllm_puzzle.bench.pocket_tokenizer import PAD

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-
 from vllm_puzzle.bench import pocket_surgery
 from vllm_puzzle.bench.pocket_data import Batch, step_batches
 from vllm_puzzle.bench.pocket_decode import PocketModel, accuracy
@@ -84,7 +83,9 @@ class Trainer:
 
     def train_step(self) -> float:
         """One optimiser step; returns its loss in nats per target token."""
-        batches = step_batches(self.plan.seed, self.step, self.plan.steps, self.plan.step_tokens)
+        # The child need not start from easy levels: it starts from what its parent knows.
+        progress = self.step / self.plan.steps if self.teacher is None else 1.0
+        batches = step_batches(self.plan.seed, self.step, progress, self.plan.step_tokens)
         num_targets = sum(int(batch.is_target[:, 1:].sum()) for batch in batches)
         losses, gradients = zip(*self.workers.map(self._loss_and_gradients, batches), strict=True)
         for parameter, parts in zip(self.parameters, zip(*gradients, strict=True), strict=True):
@@ -163,8 +164,7 @@ def make_trainer(kind: str, plan: Plan, parent_folder: Path) -> Trainer:
     if kind == "parent":
         return Trainer(PocketModel(PARENT), plan)
     teacher = load(parent_folder)
-    # Step ≥ number of steps: all levels alike, as at the end of a run.
-    sample = [batch for step in range(1, 5) for batch in step_batches(plan.seed + 1, step, 1, plan.step_tokens)]
+    sample = [batch for step in range(4) for batch in step_batches(plan.seed + 1, step, 1.0, plan.step_tokens)]
     return Trainer(pocket_surgery.derive(teacher, PUZZLE, sample), plan, teacher)
 
 
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--per-cell", type=int, default=25, help=f"final held-out items per cell ({len(CELLS)} cells)")
     parser.add_argument("--smoke", action="store_true", help="3 tiny steps, to see that everything runs")
     args = parser.parse_args(argv)
-    steps = args.steps if args.steps is not None else {"parent": 1600, "puzzle": 1500}[args.kind]
+    steps = args.steps if args.steps is not None else {"parent": 1300, "puzzle": 1000}[args.kind]
     plan = Plan(steps, args.step_tokens, args.lr, args.seed, probe_every=200)
     if args.smoke:
         plan = Plan(3, 512, args.lr, args.seed, probe_every=1000)

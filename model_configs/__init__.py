@@ -1,1 +1,1 @@
-"""Model descriptions: per-layer records, the readers of published formats, and the models that ship. No torch, no vLLM."""
+"""Model descriptions: per-layer records, the readers of published formats, the models that ship. Standard library."""

@@ -55,7 +55,14 @@ DECI_FFN_KEYS = (
 DECI_UNSUPPORTED = ("llama4", "mamba", "moe", "num_sink_tokens", "parallel_blocks", "sparsify")
 SKIP_ATTENTION = ("attention", "self_attn")
 SKIP_FFN = ("ffn", "mlp")
-PER_LAYER_KEYS = ("head_dim", "intermediate_size", "num_attention_heads", "num_key_value_heads", "skip", "sliding_window")
+PER_LAYER_KEYS = (
+    "head_dim",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "skip",
+    "sliding_window",
+)
 
 
 def read_model(config: Json) -> ModelRecord:
@@ -147,7 +154,8 @@ def _deci_attention(config: Json, block: Json) -> AttentionKind:
     if block.get("replace_with_linear"):
         return LinearMap()
     heads = _required(config, "num_attention_heads")
-    group, kv_heads = block.get("n_heads_in_group"), block.get("num_key_value_heads")
+    group: Any = block.get("n_heads_in_group")
+    kv_heads: Any = block.get("num_key_value_heads")
     if group is None and kv_heads is None:
         raise ConfigError("attention, key `n_heads_in_group`: found null, allowed: a number (the attention is live)")
     if group is not None:
@@ -174,7 +182,8 @@ def _deci_ffn(config: Json, block: Json) -> FFNKind:
         return None
     if block.get("replace_with_linear"):
         return LinearMap()
-    width, mult = block.get("intermediate_size"), block.get("ffn_mult")
+    width: Any = block.get("intermediate_size")
+    mult: Any = block.get("ffn_mult")
     if width is None and mult is None:
         raise ConfigError("ffn, key `ffn_mult`: found null, allowed: a number (the FFN is live)")
     if mult is not None:
@@ -256,7 +265,9 @@ def _head_dim(config: Json) -> int:
         return int(explicit)
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     if hidden % heads:
-        raise ConfigError(f"model, key `hidden_size`: found {hidden}, allowed: a multiple of the {heads} attention heads")
+        raise ConfigError(
+            f"model, key `hidden_size`: found {hidden}, allowed: a multiple of the {heads} attention heads"
+        )
     return int(hidden // heads)
 
 

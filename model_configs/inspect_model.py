@@ -62,16 +62,20 @@ def describe(record: ModelRecord) -> dict[str, Any]:
 
 def format_table(record: ModelRecord) -> str:
     """The model as text: a title line, one row per run of equal layers, totals."""
-    rows = [COLUMNS]
+    rows: list[tuple[str, ...]] = [COLUMNS]
     for first, last, layer in _runs(record.layers):
         row = _layer_row(record, layer)
         name = str(first) if first == last else f"{first}-{last}"
         cells = [row[key] for key in COLUMNS[1:-1]]
-        rows.append((name, *("-" if cell is None else str(cell) for cell in cells), format(row["params_per_layer"], ",")))
+        rows.append(
+            (name, *("-" if cell is None else str(cell) for cell in cells), format(row["params_per_layer"], ","))
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     kind = "heterogeneous" if record.is_heterogeneous else "homogeneous"
-    title = f"{record.architecture} ({record.model_type}), {kind}, {len(record.layers)} layers, hidden {record.hidden_size}"
+    title = (
+        f"{record.architecture} ({record.model_type}), {kind}, {len(record.layers)} layers, hidden {record.hidden_size}"
+    )
     attentions = sum(isinstance(layer.attention, Attention) for layer in record.layers)
     kv = ", ".join(f"{kv_bytes_per_token(record, size):,} {dtype}" for dtype, size in KV_DTYPE_BYTES.items())
     totals = [

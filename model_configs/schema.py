@@ -33,9 +33,7 @@ class Attention:
     sliding_window: int | None = None
 
     def __post_init__(self) -> None:
-        _require_positive(
-            "attention", num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim
-        )
+        _require_positive("attention", num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"attention, key `num_key_value_heads`: found {self.num_kv_heads}, "
@@ -147,6 +145,36 @@ class ModelRecord:
         plain = isinstance(first.attention, Attention) and isinstance(first.ffn, GatedFFN | MoE)
         # A window on some layers only is ordinary for stock classes (`layer_types`); it does not count.
         return not plain or any(_without_window(layer) != _without_window(first) for layer in self.layers)
+
+
+def check_tensor_parallel(model: ModelRecord, tp_size: int) -> None:
+    """Raise ConfigError, naming the layer, when a sub-block cannot be split over `tp_size` ranks."""
+    for index, layer in enumerate(model.layers):
+        where = f"layer {index}"
+        if isinstance(layer.attention, Attention):
+            check_heads(layer.attention, tp_size, f"{where}, attention")
+        if LinearMap() in (layer.attention, layer.ffn):
+            check_divides("hidden_size", model.hidden_size, tp_size, f"{where}, linear map")
+        if isinstance(layer.ffn, GatedFFN):
+            check_divides("intermediate_size", layer.ffn.intermediate_size, tp_size, f"{where}, ffn")
+
+
+def check_heads(spec: Attention, tp_size: int, where: str) -> None:
+    """Query heads are split over the ranks; KV heads are split, or repeated when there are fewer than ranks."""
+    check_divides("num_attention_heads", spec.num_heads, tp_size, where)
+    if max(spec.num_kv_heads, tp_size) % min(spec.num_kv_heads, tp_size):
+        raise ConfigError(
+            f"{where}, key `num_key_value_heads`: found {spec.num_kv_heads}, allowed: a multiple or a divisor of "
+            f"--tensor-parallel-size {tp_size}"
+        )
+
+
+def check_divides(key: str, value: int, tp_size: int, where: str) -> None:
+    """Raise ConfigError unless `value` can be split evenly over `tp_size` ranks."""
+    if value % tp_size:
+        raise ConfigError(
+            f"{where}, key `{key}`: found {value}, allowed: a multiple of --tensor-parallel-size {tp_size}"
+        )
 
 
 def _without_window(layer: LayerRecord) -> LayerRecord:

@@ -1,7 +1,7 @@
 """Engine settings for a CPU, each with the measurement behind it; every one yields to the user's own flag or variable.
 
-Stock defaults start slowly and run slowly on few cores: they compile for minutes, reserve most of the memory as KV
-cache, spread one small matrix over every core and let OpenMP threads spin. The figures are in the README.
+Stock defaults start slowly and run slowly on few cores: they compile first, reserve most of the memory as KV cache,
+spread one small matrix over every core and let OpenMP threads spin. Measured by bench/cpu_settings.py.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from importlib import metadata
 from pathlib import Path
 
 from vllm_puzzle.model_configs.schema import ModelRecord
-from vllm_puzzle.model_configs.tensors import kv_bytes_per_token
+from vllm_puzzle.model_configs.tensors import kv_bytes_per_token, num_parameters
 
 MIN_KV_BYTES = 64 * 2**20
 NUM_FULL_SEQUENCES = 64
-# Below this hidden size one matrix-vector product is shorter than waking a second thread (measured, see README).
-SMALL_HIDDEN_SIZE = 1024
+# Below this hidden size one matrix-vector product is shorter than waking a second thread (bench/cpu_settings.py).
+SMALL_HIDDEN_SIZE = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +46,17 @@ def cpu_settings(record: ModelRecord | None, num_ranks: int = 1) -> list[Setting
     cores = len(os.sched_getaffinity(0))
     small = record is not None and record.hidden_size < SMALL_HIDDEN_SIZE
     threads = 1 if small else cores
-    why_threads = f"hidden size below {SMALL_HIDDEN_SIZE}: a second thread costs more than it saves"
+    why_threads = "a second thread halves the tokens/s of a model this small"
     settings = [
         Setting("OMP_NUM_THREADS", str(threads), why_threads if small else "all cores", is_environment=True),
         Setting("OMP_WAIT_POLICY", "PASSIVE", "waiting threads must not spin", is_environment=True),
         _kv_cache_setting(record),
-        Setting("enforce_eager", True, "compilation takes minutes and gained nothing measurable at this size"),
+        Setting("enforce_eager", True, "compiling makes the start 3 times longer (--no-enforce-eager: 1.7 times the tokens/s)"),
     ]
-    if not _has_fast_bfloat16():
-        settings.append(Setting("dtype", "float32", "this CPU has no bfloat16 arithmetic"))
+    # A model we cannot size keeps its own dtype: in float32 it might not fit.
+    if record is not None and not _has_fast_bfloat16() and 4 * num_parameters(record) < _available_bytes() // 2:
+        why = "no bfloat16 arithmetic in this CPU: a batch of 16 runs 1.7 to 3 times faster"
+        settings.append(Setting("dtype", "float32", why))
     if num_ranks == 1:
         why = "one rank: the worker needs no process of its own"
         settings.append(Setting("VLLM_ENABLE_V1_MULTIPROCESSING", "0", why, is_environment=True))

@@ -10,7 +10,6 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig
-
 from vllm_puzzle.model_configs.formats import read_model
 from vllm_puzzle.model_configs.schema import ModelRecord
 

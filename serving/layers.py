@@ -21,7 +21,6 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
-
 from vllm_puzzle.model_configs.schema import (
     Attention,
     AttentionKind,
@@ -31,6 +30,8 @@ from vllm_puzzle.model_configs.schema import (
     LayerRecord,
     LinearMap,
     ModelRecord,
+    check_divides,
+    check_heads,
 )
 
 
@@ -43,7 +44,7 @@ class PuzzleAttention(nn.Module):
     def __init__(self, model: ModelRecord, spec: Attention, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         tp_size = get_tensor_model_parallel_world_size()
-        _check_heads(spec, tp_size, prefix)
+        check_heads(spec, tp_size, prefix)
         self.head_dim = spec.head_dim
         self.num_heads = spec.num_heads // tp_size
         self.num_kv_heads = max(1, spec.num_kv_heads // tp_size)
@@ -97,7 +98,7 @@ class PuzzleFFN(nn.Module):
     def __init__(self, model: ModelRecord, spec: GatedFFN, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         width = spec.intermediate_size
-        _check_divides("intermediate_size", width, prefix)
+        check_divides("intermediate_size", width, get_tensor_model_parallel_world_size(), prefix)
         self.gate_up_proj = MergedColumnParallelLinear(
             model.hidden_size,
             [width, width],
@@ -130,7 +131,7 @@ class PuzzleLinear(nn.Module):
 
     def __init__(self, model: ModelRecord, name: str, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        _check_divides("hidden_size", model.hidden_size, prefix)
+        check_divides("hidden_size", model.hidden_size, get_tensor_model_parallel_world_size(), prefix)
         self.name = name
         linear = ColumnParallelLinear(
             model.hidden_size,
@@ -199,24 +200,3 @@ def _build_ffn(model: ModelRecord, spec: FFNKind, config: VllmConfig, prefix: st
     if isinstance(spec, GatedFFN):
         return PuzzleFFN(model, spec, config, prefix)
     raise ConfigError(f"{prefix}: found {spec}, allowed: gated FFN, linear map or nothing")
-
-
-def _check_heads(spec: Attention, tp_size: int, prefix: str) -> None:
-    if spec.num_heads % tp_size:
-        raise ConfigError(
-            f"{prefix}, key `num_attention_heads`: found {spec.num_heads}, allowed: a multiple of --tensor-parallel-size {tp_size}"
-        )
-    larger, smaller = max(spec.num_kv_heads, tp_size), min(spec.num_kv_heads, tp_size)
-    if larger % smaller:
-        raise ConfigError(
-            f"{prefix}, key `num_key_value_heads`: found {spec.num_kv_heads}, allowed: a multiple or a divisor of "
-            f"--tensor-parallel-size {tp_size}"
-        )
-
-
-def _check_divides(key: str, value: int, prefix: str) -> None:
-    tp_size = get_tensor_model_parallel_world_size()
-    if value % tp_size:
-        raise ConfigError(
-            f"{prefix}, key `{key}`: found {value}, allowed: a multiple of --tensor-parallel-size {tp_size}"
-        )

@@ -27,16 +27,13 @@ from vllm.model_executor.models.utils import (
     maybe_prefix,
 )
 from vllm.sequence import IntermediateTensors
-
 from vllm_puzzle.serving import vllm_compat
 from vllm_puzzle.serving.hf_config import model_record
 from vllm_puzzle.serving.layers import PuzzleDecoderLayer, add_and_norm
 from vllm_puzzle.serving.weights import TensorAccount
 
 
-@support_torch_compile(
-    dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0}
-)
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0})
 class PuzzleModel(nn.Module):
     """Embedding, the layers of this pipeline stage, final norm."""
 
@@ -60,7 +57,9 @@ class PuzzleModel(nn.Module):
 
         if not stage.is_first_rank:
             vllm_compat.allocate_stage_inputs_on_demand()
-        self.start_layer, self.end_layer, self.layers = make_layers(len(record.layers), build, prefix=f"{prefix}.layers")
+        self.start_layer, self.end_layer, self.layers = make_layers(
+            len(record.layers), build, prefix=f"{prefix}.layers"
+        )
         self.norm = RMSNorm(record.hidden_size, eps=record.rms_norm_eps) if stage.is_last_rank else PPMissingLayer()
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], record.hidden_size
@@ -80,7 +79,7 @@ class PuzzleModel(nn.Module):
         """One pass of this stage over [num_tokens] tokens; the last stage returns normed hidden states."""
         residual: torch.Tensor | None = None
         if get_pp_group().is_first_rank:
-            hidden = inputs_embeds if inputs_embeds is not None else self.embed_input_ids(input_ids)
+            hidden = self._embed(input_ids, inputs_embeds)
         else:
             assert intermediate_tensors is not None, "vLLM hands a later stage the earlier one's tensors"
             hidden, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
@@ -91,6 +90,12 @@ class PuzzleModel(nn.Module):
             residual = torch.zeros_like(hidden) if residual is None else residual
             return IntermediateTensors({"hidden_states": hidden, "residual": residual})
         return add_and_norm(self.norm, hidden, residual)[0]
+
+    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        if inputs_embeds is not None:
+            return inputs_embeds
+        assert input_ids is not None, "vLLM gives the first stage either ids or embeddings"
+        return self.embed_input_ids(input_ids)
 
 
 class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP):

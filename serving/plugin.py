@@ -22,7 +22,6 @@ def register() -> None:
     """Register configurations, size convertor and model classes with transformers and vLLM."""
     from transformers import AutoConfig
     from vllm import ModelRegistry
-
     from vllm_puzzle.serving import vllm_compat
     from vllm_puzzle.serving.hf_config import NemotronNasConfig, PuzzleLlamaConfig
 
@@ -46,7 +45,6 @@ def register_classes() -> None:
     """
     from vllm import ModelRegistry
     from vllm.plugins import load_general_plugins
-
     from vllm_puzzle.serving.model import PuzzleForCausalLM
 
     load_general_plugins()

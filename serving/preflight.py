@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_puzzle.model_configs.formats import FAMILIES, read_model
-from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord
+from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord, check_tensor_parallel
 from vllm_puzzle.serving.weights import TensorAccount, WeightsError, place
 
 POCKET = Path(__file__).resolve().parent.parent / "model_configs" / "pocket"
@@ -68,9 +68,12 @@ def read_request(argv: Sequence[str]) -> Request:
         parser.add_argument(f"--{size}-parallel-size", f"-{size[0]}p", default="1")
     # The model comes first, as in `vllm serve MODEL`; a later bare word may be the value of a flag we do not know.
     has_model = bool(argv) and not argv[0].startswith("-")
-    flags = [_dashed(argument) for argument in (argv[1:] if has_model else argv)]
+    flags = [dashed(argument) for argument in (argv[1:] if has_model else argv)]
     found, _ = parser.parse_known_args(flags)
-    sizes = [_integer(f"--{s}-parallel-size", getattr(found, f"{s}_parallel_size"), 1) for s in ("tensor", "pipeline", "data")]
+    sizes = [
+        _integer(f"--{s}-parallel-size", getattr(found, f"{s}_parallel_size"), 1)
+        for s in ("tensor", "pipeline", "data")
+    ]
     return Request(
         model=argv[0] if has_model else found.model or str(POCKET / "puzzle"),
         host=found.host,
@@ -92,18 +95,22 @@ def check(request: Request) -> ModelRecord | None:
     path = Path(request.model)
     if not path.is_dir():
         if _is_hub_name(request.model):
+            _check_hub(request.model)
             return None
         raise ConfigError(f"model {request.model}: found no such directory, allowed: a model directory or a hub name")
     config = _read_config(path)
     if request.needs_tokenizer and request.tokenizer is None:
         _check_tokenizer(path)
     record = read_model(config) if config.get("model_type") in FAMILIES else None
+    if record is not None:
+        check_tensor_parallel(record, request.tensor_parallel_size)
     if request.load_format in ("auto", "safetensors"):
         _check_weights(path, config, record)
     return record
 
 
-def _dashed(argument: str) -> str:
+def dashed(argument: str) -> str:
+    """A flag in vLLM's one spelling: `--max_model_len=9` → `--max-model-len=9`."""
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else argument
 
@@ -129,6 +136,17 @@ def _check_port(host: str, port: int) -> None:
 
 def _is_hub_name(model: str) -> bool:
     return model.count("/") <= 1 and not model.startswith((".", "/", "~")) and not os.path.exists(model)
+
+
+def _check_hub(model: str) -> None:
+    """Without network (HF_HUB_OFFLINE) a hub name works only from the local cache."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(model, "config.json"), str):
+        raise ConfigError(
+            f"model {model}: found no copy in the local cache and HF_HUB_OFFLINE is set, allowed: a model directory, "
+            "a cached hub name, or network access"
+        )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -43,9 +43,7 @@ def make_plugin() -> ReasoningPlugin:
     return ReasoningPlugin()
 
 
-def _wrap(
-    handler: Any, original: Callable[..., Awaitable[Any]], by_system_line: bool
-) -> Callable[..., Awaitable[Any]]:
+def _wrap(handler: Any, original: Callable[..., Awaitable[Any]], by_system_line: bool) -> Callable[..., Awaitable[Any]]:
     async def create_chat_completion(request: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             apply_switch(request, by_system_line)
@@ -64,4 +62,3 @@ def apply_switch(request: Any, by_system_line: bool) -> None:
     request.chat_template_kwargs = {**(request.chat_template_kwargs or {}), "enable_thinking": switch.is_on}
     if by_system_line:
         request.messages = with_system_line(request.messages, switch.is_on)
-

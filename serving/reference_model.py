@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-
 from vllm_puzzle.kernels import reference as ops
 from vllm_puzzle.model_configs.schema import Attention, ConfigError, GatedFFN, LayerRecord, LinearMap, ModelRecord
 from vllm_puzzle.model_configs.tensors import model_tensors
@@ -26,10 +25,15 @@ class ReferenceModel(nn.Module):
         self.record = record
         for index, layer in enumerate(record.layers):
             if not isinstance(layer.ffn, GatedFFN | LinearMap | None):
-                raise ConfigError(f"layer {index}: found {layer.ffn}, allowed in the reference: gated FFN, linear map, none")
+                raise ConfigError(
+                    f"layer {index}: found {layer.ffn}, allowed in the reference: gated FFN, linear map, none"
+                )
         # One flat dictionary of tensors under their checkpoint names; torch wants names without dots.
         self.tensors = nn.ParameterDict(
-            {_flat(name): nn.Parameter(torch.empty(shape, dtype=dtype)) for name, shape in model_tensors(record).items()}
+            {
+                _flat(name): nn.Parameter(torch.empty(shape, dtype=dtype))
+                for name, shape in model_tensors(record).items()
+            }
         )
         self.reset_parameters()
 
@@ -54,7 +58,9 @@ class ReferenceModel(nn.Module):
         """Copy a checkpoint in; every tensor of the record must be there and nothing else."""
         own = self.named_tensors()
         if own.keys() != tensors.keys():
-            raise ConfigError(f"tensors: missing {sorted(own.keys() - tensors.keys())}, surplus {sorted(tensors.keys() - own.keys())}")
+            raise ConfigError(
+                f"tensors: missing {sorted(own.keys() - tensors.keys())}, surplus {sorted(tensors.keys() - own.keys())}"
+            )
         for name, tensor in own.items():
             tensor.data.copy_(tensors[name])
 
@@ -115,7 +121,7 @@ class ReferenceModel(nn.Module):
         return ops.rms_norm(x, self._tensor(name), self.record.rms_norm_eps)
 
     def _project(self, x: Tensor, prefix: str) -> Tensor:
-        bias = self.tensors[_flat(f"{prefix}.bias")] if _flat(f"{prefix}.bias") in self.tensors else None
+        bias = self.tensors.get(_flat(f"{prefix}.bias"))
         return nn.functional.linear(x, self._tensor(f"{prefix}.weight"), bias)
 
     def _frequencies(self, head_dim: int) -> Tensor:
@@ -123,7 +129,9 @@ class ReferenceModel(nn.Module):
         if rope.rope_type == "default":
             return ops.rope_inverse_frequencies(head_dim, rope.rope_theta)
         if rope.rope_type != "llama3":
-            raise ConfigError(f"model, key `rope_type`: found {rope.rope_type!r}, allowed in the reference: default, llama3")
+            raise ConfigError(
+                f"model, key `rope_type`: found {rope.rope_type!r}, allowed in the reference: default, llama3"
+            )
         return ops.rope_inverse_frequencies(
             head_dim,
             rope.rope_theta,

@@ -16,9 +16,10 @@ from importlib import metadata
 from typing import Any
 
 from vllm_puzzle.serving.cpu_defaults import Setting, cpu_settings, is_cpu_engine
-from vllm_puzzle.serving.preflight import Request, check, read_request
+from vllm_puzzle.serving.preflight import Request, check, dashed, read_request
 
-NUM_STEPS = 5
+NUM_STEPS = 4
+MAX_ERROR_CHARS = 500
 # What vLLM loads when VLLM_PLUGINS is not set.
 DEFAULT_PLUGIN_GROUPS = tuple(f"vllm.{kind}_plugins" for kind in ("general", "platform", "stat_logger", "io_processor"))
 _STARTED = time.monotonic()
@@ -34,8 +35,10 @@ def serve(argv: Sequence[str]) -> int:
         record = check(request)
         if is_cpu_engine():
             settings = cpu_settings(record, request.num_ranks)
-    flags = _apply(settings)
+    flags = _apply(settings, argv)
     _name_plugins()
+    # vLLM's helper processes start as `python -m`: the current folder must not shadow installed packages.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     if not wants_help:
         say(2, "importing vLLM")
     return _run_vllm(argv, request, flags)
@@ -46,11 +49,12 @@ def say(step: int, text: str) -> None:
     print(f"[vllm-puzzle {time.monotonic() - _STARTED:5.1f} s] {step}/{NUM_STEPS} {text}", file=sys.stderr, flush=True)
 
 
-def _apply(settings: list[Setting]) -> dict[str, Any]:
-    """Set the environment ones that the user has not set; return the flags. Prints each choice and its reason."""
+def _apply(settings: list[Setting], argv: Sequence[str]) -> dict[str, Any]:
+    """Set the environment ones; return the flags. What the user has set himself stays; prints each choice and why."""
+    given = {dashed(argument).partition("=")[0].removeprefix("--no-").removeprefix("--") for argument in argv}
     flags: dict[str, Any] = {}
     for setting in settings:
-        if setting.is_environment and setting.name in os.environ:
+        if setting.name in os.environ or setting.name.replace("_", "-") in given:
             continue
         if setting.is_environment:
             os.environ[setting.name] = str(setting.value)
@@ -73,7 +77,6 @@ def _name_plugins() -> None:
 def _run_vllm(argv: Sequence[str], request: Request, flags: dict[str, Any]) -> int:
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
-
     from vllm_puzzle.serving import vllm_compat
     from vllm_puzzle.serving.plugin import register_classes
 
@@ -90,12 +93,28 @@ def _run_vllm(argv: Sequence[str], request: Request, flags: dict[str, Any]) -> i
         vllm_compat.fork_engine_core()
         register_classes()
     say(3, "reading the configuration and starting the engine")
-    threading.Thread(target=_announce, args=(args.host, args.port), daemon=True).start()
-    command.cmd(args)
+    if not args.uds:
+        scheme = "https" if args.ssl_certfile else "http"
+        threading.Thread(target=_announce, args=(scheme, args.host, args.port), daemon=True).start()
+    return _until_stopped(command, args)
+
+
+def _until_stopped(command: Any, args: Any) -> int:
+    """Run vLLM's subcommand. What it could not start becomes one line; DEBUG logging keeps the traceback."""
+    try:
+        command.cmd(args)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if os.environ.get("VLLM_LOGGING_LEVEL") == "DEBUG":
+            raise
+        text = " ".join(str(error).split())[:MAX_ERROR_CHARS]
+        print(f"vllm-puzzle: the server did not start: {type(error).__name__}: {text}", file=sys.stderr)
+        return 1
     return 0
 
 
-def _announce(host: str, port: int) -> None:
+def _announce(scheme: str, host: str, port: int) -> None:
     """Wait until the port answers, then print the URL and one request to try."""
     while True:
         time.sleep(0.1)
@@ -104,7 +123,11 @@ def _announce(host: str, port: int) -> None:
             break
         except OSError:
             continue
-    url = f"http://{host}:{port}"
-    say(5, f"ready at {url}  Try:")
+    url = f"{scheme}://{host}:{port}"
+    say(4, f"ready at {url}  Try:")
     body = '{"messages": [{"role": "user", "content": "3+4-2+9"}]}'
-    print(f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'", file=sys.stderr, flush=True)
+    print(
+        f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
+        file=sys.stderr,
+        flush=True,
+    )

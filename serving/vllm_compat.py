@@ -47,7 +47,7 @@ LEDGER = (
         target="vllm.v1.core.kv_cache_utils:get_kv_cache_config_from_groups",
         why="a pipeline stage without attention has groups without layers, at which the planner fails "
         "('cannot express this model's mixed page sizes ([])')",
-        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/core/kv_cache_utils.py (no issue found)",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/core/kv_cache_utils.py",
         remove_when="vLLM plans a worker whose KV-cache groups are all empty",
     ),
     LedgerEntry(
@@ -58,9 +58,9 @@ LEDGER = (
     ),
     LedgerEntry(
         target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.sync_and_gather_intermediate_tensors",
-        why="a later pipeline stage's input buffers are allocated in a warm-up run, which the CPU worker skips in eager "
-        "mode: the first request then fails on `assert self.intermediate_tensors is not None`, with any model",
-        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/worker/cpu_model_runner.py (no issue found)",
+        why="a later pipeline stage's input buffers are allocated in a warm-up run, which the CPU worker skips in "
+        "eager mode: the first request then fails on `assert self.intermediate_tensors is not None`, with any model",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/worker/cpu_model_runner.py",
         remove_when="vLLM's CPU worker allocates them without a warm-up",
     ),
     LedgerEntry(
@@ -108,11 +108,10 @@ def check_vllm_version() -> None:
 def use_record_sizes(model_type: str) -> None:
     """Make vLLM take the whole-model KV-head count of `model_type` from our records (the largest layer's)."""
     from vllm.transformers_utils import model_arch_config_convertor as module
-
     from vllm_puzzle.model_configs.schema import Attention
     from vllm_puzzle.serving.hf_config import model_record
 
-    class RecordSizesConvertor(module.ModelArchConfigConvertorBase):  # type: ignore[misc]
+    class RecordSizesConvertor(module.ModelArchConfigConvertorBase):
         def get_total_num_kv_heads(self) -> int:
             layers = model_record(self.hf_text_config).layers
             # vLLM divides by this number; a model without any attention has no KV heads to shard.

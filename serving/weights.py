@@ -69,7 +69,9 @@ class TensorAccount:
     def _see_quantized(self, name: str) -> bool:
         module = name.rpartition(".")[0]
         # KV-cache scales sit on the attention itself or on its k/v projections.
-        owner = module if module in self.modules else next((m for m in self.modules if m.startswith(f"{module}.")), None)
+        owner = (
+            module if module in self.modules else next((m for m in self.modules if m.startswith(f"{module}.")), None)
+        )
         if owner is None:
             raise WeightsError(f"{place(name)}: found a tensor that the configuration has no place for, allowed: none")
         self.missing = {want for want in self.missing if want.rpartition(".")[0] != module}

@@ -4,7 +4,6 @@ import re
 from random import Random
 
 import pytest
-
 from vllm_puzzle.bench.pocket_data import draw_item, step_batches
 from vllm_puzzle.bench.pocket_tasks import (
     CELLS,
@@ -95,6 +94,6 @@ def test_a_greeting_gets_a_short_thought_and_an_answer() -> None:
 
 
 def test_batches_depend_on_seed_and_step_alone() -> None:
-    first, again = step_batches(0, 5, 10, 1024), step_batches(0, 5, 10, 1024)
+    first, again = step_batches(0, 5, 0.5, 1024), step_batches(0, 5, 0.5, 1024)
     assert all((one.ids == two.ids).all() for one, two in zip(first, again, strict=True))
-    assert not any(one.ids.equal(two.ids) for one, two in zip(first, step_batches(1, 5, 10, 1024), strict=False))
+    assert not any(one.ids.equal(two.ids) for one, two in zip(first, step_batches(1, 5, 0.5, 1024), strict=False))

@@ -8,7 +8,6 @@ from random import Random
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from vllm_puzzle.bench import pocket_train
 from vllm_puzzle.bench.pocket_data import draw_sample, step_batches
 from vllm_puzzle.bench.pocket_decode import PocketModel, answer, greedy
@@ -194,7 +193,7 @@ def test_pooling_averages_the_heads_of_a_group() -> None:
 
 
 def test_surgery_makes_the_described_layers_from_the_parents(parent: PocketModel) -> None:
-    sample = step_batches(0, 0, 1, 1024)
+    sample = step_batches(0, 0, 1.0, 1024)
     child = derive(parent, PUZZLE, sample)
     own, source = child.named_tensors(), parent.named_tensors()
     layers = PUZZLE.layers
@@ -210,7 +209,7 @@ def test_surgery_makes_the_described_layers_from_the_parents(parent: PocketModel
 
 
 def test_the_linear_map_is_a_better_fit_than_leaving_the_attention_out(parent: PocketModel) -> None:
-    sample = step_batches(0, 0, 1, 2048)
+    sample = step_batches(0, 0, 1.0, 2048)
     inputs = layer_inputs(parent, sample)[3]
     matrix = fit_linear(parent, 3, inputs)
     wanted = torch.cat([parent.attention_block(3, PARENT.layers[3], hidden)[real] for hidden, real in inputs])

@@ -37,7 +37,9 @@ def test_gated_ffn_is_down_of_silu_gate_times_up(tokens: int, hidden: int, width
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 2, 37])
 @pytest.mark.parametrize("window", [None, 1, 5, 64])
-def test_attention_equals_torchs_with_an_explicit_mask(heads: int, kv_heads: int, tokens: int, window: int | None) -> None:
+def test_attention_equals_torchs_with_an_explicit_mask(
+    heads: int, kv_heads: int, tokens: int, window: int | None
+) -> None:
     q, k, v = (torch.randn(tokens, count, 16) for count in (heads, kv_heads, kv_heads))
     seen = torch.ones(tokens, tokens, dtype=torch.bool).tril()
     if window is not None:

@@ -75,7 +75,10 @@ def test_skip_and_sparse_overrides_reach_their_layers_only() -> None:
 
 
 def test_a_layers_own_window_wins_over_the_global_one() -> None:
-    config = LLAMA | {"sliding_window": 8, "per_layer_config": {"1": {"sliding_window": None}, "2": {"sliding_window": 4}}}
+    config = LLAMA | {
+        "sliding_window": 8,
+        "per_layer_config": {"1": {"sliding_window": None}, "2": {"sliding_window": 4}},
+    }
     windows = [layer.attention.sliding_window for layer in read_model(config).layers]  # type: ignore[union-attr]
     assert windows == [8, None, 4]
 
@@ -110,7 +113,10 @@ def test_ffn_mult_gives_the_published_widths(ffn_mult: float, hidden: int, width
 
 @pytest.mark.parametrize(
     ("name", "parameters", "attention_layers", "kv_bytes"),
-    [("nemotron-super-49b-v1.json", 49_867_145_216, 49, 200_704), ("nemotron-ultra-253b-v1.json", 253_401_268_224, 64, 262_144)],
+    [
+        ("nemotron-super-49b-v1.json", 49_867_145_216, 49, 200_704),
+        ("nemotron-ultra-253b-v1.json", 253_401_268_224, 64, 262_144),
+    ],
 )
 def test_the_published_nemotron_configurations_have_their_published_sizes(
     root: Path, name: str, parameters: int, attention_layers: int, kv_bytes: int
@@ -122,7 +128,12 @@ def test_the_published_nemotron_configurations_have_their_published_sizes(
 
 
 def test_qwen3_moe_layers_have_experts() -> None:
-    config = LLAMA | {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    config = LLAMA | {
+        "model_type": "qwen3_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    }
     record = read_model(config | {"mlp_only_layers": [1]})
     assert [layer.ffn for layer in record.layers] == [MoE(8, 2, 32), GatedFFN(96), MoE(8, 2, 32)]
     assert record.qk_norm
@@ -130,12 +141,18 @@ def test_qwen3_moe_layers_have_experts() -> None:
 
 BAD = [
     (LLAMA | {"model_type": "gpt2"}, "key `model_type`: found 'gpt2', allowed: nemotron-nas, llama"),
-    (LLAMA | {"num_key_value_heads": 3}, "layer 0, attention, key `num_key_value_heads`: found 3, allowed: a divisor of the 4"),
+    (
+        LLAMA | {"num_key_value_heads": 3},
+        "layer 0, attention, key `num_key_value_heads`: found 3, allowed: a divisor of the 4",
+    ),
     (LLAMA | {"hidden_size": 66}, "layer 0, model, key `hidden_size`: found 66, allowed: a multiple of the 4"),
     (LLAMA | {"intermediate_size": 0}, "layer 0, ffn, key `intermediate_size`: found 0"),
     (LLAMA | {"per_layer_config": {"7": {}}}, "key `per_layer_config`: found layers [7], allowed: 0 to 2"),
     (LLAMA | {"per_layer_config": {"1": {"skip": ["norm"]}}}, "layer 1, per_layer_config, key `skip`: found 'norm'"),
-    (LLAMA | {"per_layer_config": {"1": {"n_embd": 3}}}, "layer 1, per_layer_config, key `n_embd`: found an unknown key"),
+    (
+        LLAMA | {"per_layer_config": {"1": {"n_embd": 3}}},
+        "layer 1, per_layer_config, key `n_embd`: found an unknown key",
+    ),
     (LLAMA | {"hidden_act": "gelu"}, "key `hidden_act`: found 'gelu', allowed: 'silu'"),
     ({k: v for k, v in LLAMA.items() if k != "vocab_size"}, "key `vocab_size`: found nothing"),
     (deci(block()) | {"num_hidden_layers": 2}, "key `block_configs`: found 1 entries, allowed: num_hidden_layers = 2"),
@@ -145,7 +162,10 @@ BAD = [
     (deci(block(attention_block(windowlength=4))), "layer 0, attention, key `windowlength`: found an unknown key"),
     (deci(block(ffn=ffn_block(ffn_mult=None))), "layer 0, ffn, key `ffn_mult`: found null"),
     (deci(block(ffn=ffn_block(ffn_mult="wide"))), "layer 0, ffn, key `ffn_mult`: found 'wide'"),
-    (deci(block(ffn=ffn_block(intermediate_size=100))), "layer 0, ffn, key `intermediate_size`: found 100, allowed: 256"),
+    (
+        deci(block(ffn=ffn_block(intermediate_size=100))),
+        "layer 0, ffn, key `intermediate_size`: found 100, allowed: 256",
+    ),
     (deci(block(ffn=ffn_block(moe={"num_local_experts": 4}))), "layer 0, ffn, key `moe`: found"),
     (deci({"attention": attention_block(), "mlp": {}}), "layer 0, block, key `mlp`: found an unknown key"),
     (deci({"attention": attention_block()}), "layer 0, key `ffn`: found None, allowed: an object"),

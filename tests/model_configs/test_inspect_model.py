@@ -13,7 +13,9 @@ from vllm_puzzle.model_configs.inspect_model import describe, inspect, load_reco
 CONFIG = "tests/configs/nemotron-super-49b-v1.json"
 
 
-def test_the_table_groups_equal_neighbours_and_states_the_totals(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_groups_equal_neighbours_and_states_the_totals(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert inspect([str(root / CONFIG)]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split() for line in lines if line and line[0].isdigit()}
@@ -58,7 +60,9 @@ def test_inspect_imports_neither_torch_nor_vllm(root: Path) -> None:
     [(None, "No such file or directory"), ("{", "Expecting property name"), ("[]", "found a JSON list")],
     ids=["absent", "broken", "list"],
 )
-def test_an_unreadable_configuration_is_one_line_and_status_1(tmp_path: Path, content: str | None, message: str) -> None:
+def test_an_unreadable_configuration_is_one_line_and_status_1(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
     file = tmp_path / "config.json"
     if content is not None:
         file.write_text(content)

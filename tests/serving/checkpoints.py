@@ -62,34 +62,42 @@ ALL_KINDS = [
 
 
 def deci_config(blocks: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
-    return BASE | {
-        "architectures": ["DeciLMForCausalLM"],
-        "model_type": "nemotron-nas",
-        "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
-        "num_key_value_heads": None,
-        "intermediate_size": None,
-        "num_hidden_layers": len(blocks),
-        "block_configs": blocks,
-    } | changes
+    return (
+        BASE
+        | {
+            "architectures": ["DeciLMForCausalLM"],
+            "model_type": "nemotron-nas",
+            "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
+            "num_key_value_heads": None,
+            "intermediate_size": None,
+            "num_hidden_layers": len(blocks),
+            "block_configs": blocks,
+        }
+        | changes
+    )
 
 
 def per_layer_config(**changes: Any) -> dict[str, Any]:
     """Llama with Hugging Face's sparse overrides: skips, widths, KV heads and a window."""
-    return BASE | {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "num_key_value_heads": 4,
-        "intermediate_size": 96,
-        "num_hidden_layers": 6,
-        "sliding_window": None,
-        "per_layer_config": {
-            "0": {"skip": ["attention"]},
-            "1": {"num_key_value_heads": 1},
-            "2": {"skip": ["mlp"], "num_key_value_heads": 2},
-            "3": {"sliding_window": 16, "intermediate_size": 40},
-            "4": {"skip": ["self_attn", "mlp"]},
-        },
-    } | changes
+    return (
+        BASE
+        | {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "num_key_value_heads": 4,
+            "intermediate_size": 96,
+            "num_hidden_layers": 6,
+            "sliding_window": None,
+            "per_layer_config": {
+                "0": {"skip": ["attention"]},
+                "1": {"num_key_value_heads": 1},
+                "2": {"skip": ["mlp"], "num_key_value_heads": 2},
+                "3": {"sliding_window": 16, "intermediate_size": 40},
+                "4": {"skip": ["self_attn", "mlp"]},
+            },
+        }
+        | changes
+    )
 
 
 def reference(config: dict[str, Any], scale: float = 0.15) -> ReferenceModel:

@@ -1,8 +1,9 @@
 """Run vLLM offline on one checkpoint and save every log-probability: `engine_run.py JOB.json`.
 
 A process of its own, because vLLM's distributed state lives as long as its process. The job names a model folder,
-LLM arguments and prompts (token ids); prompts of one round are served together. Output: one .pt file per job with, per prompt, the token
-ids (prompt + generated) and the log-probabilities [num_positions, vocab_size] that predicted each but the first.
+LLM arguments and rounds of prompts (token ids); the prompts of one round are served together. Output: one .pt file
+with, per prompt, the token ids (prompt + generated) and the log-probabilities [num_positions, vocab_size] that
+predicted each of them but the first.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import Any
 import checkpoints
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from vllm_puzzle.model_configs.inspect_model import load_record
 from vllm_puzzle.serving.cpu_defaults import cpu_settings
 from vllm_puzzle.serving.reference_model import ReferenceModel
@@ -30,7 +31,13 @@ def run(folder: Path, llm: dict[str, Any], prompts: list[list[int]] | None = Non
     settings = {s.name: s.value for s in chosen if not s.is_environment} | {"max_model_len": 256, "max_num_seqs": 8}
     settings |= {"dtype": "float32", "enforce_eager": True} | llm
     file, out = folder / "job.json", folder / "out.pt"
-    job = {"model": str(folder), "llm": settings, "max_tokens": 9, "rounds": [prompts or PROMPTS], "out": str(out)} | job
+    job = {
+        "model": str(folder),
+        "llm": settings,
+        "max_tokens": 9,
+        "rounds": [prompts or PROMPTS],
+        "out": str(out),
+    } | job
     file.write_text(json.dumps(job))
     environment = os.environ | {s.name: str(s.value) for s in chosen if s.is_environment}
     command = [sys.executable, "-P", str(RUNNER), str(file)]
@@ -80,6 +87,16 @@ def test_hugging_faces_per_layer_config_with_skips(tmp_path: Path) -> None:
     assert_equal_to(reference, run(tmp_path, {}))
 
 
+def test_vllms_own_loader_stops_at_a_missing_tensor_with_layer_and_name(tmp_path: Path) -> None:
+    config = checkpoints.deci_config(checkpoints.ALL_KINDS[:3])
+    checkpoints.write_checkpoint(tmp_path, config)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.2.self_attn.o_proj.weight"]  # the one that vLLM 0.32's own check lets pass
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(AssertionError, match=r"layer 2, tensor `self_attn\.o_proj\.weight`: found nothing"):
+        run(tmp_path, {})
+
+
 def test_torch_compile_gives_the_same(deci: tuple[Path, ReferenceModel]) -> None:
     folder, reference = deci
     # The dynamo trace is what differs between block kinds; generating C++ from it takes minutes and is torch's own.
@@ -99,7 +116,9 @@ def test_pipeline_parallelism_with_an_attention_free_first_stage(tmp_path: Path)
 
 def test_a_first_stage_of_empty_layers_only(tmp_path: Path) -> None:
     empty = checkpoints.deci_block(None, None)
-    reference = checkpoints.write_checkpoint(tmp_path, checkpoints.deci_config([empty, empty, *checkpoints.ALL_KINDS[2:4]]))
+    reference = checkpoints.write_checkpoint(
+        tmp_path, checkpoints.deci_config([empty, empty, *checkpoints.ALL_KINDS[2:4]])
+    )
     assert_equal_to(reference, run(tmp_path, {"pipeline_parallel_size": 2}))
 
 

@@ -45,7 +45,9 @@ def test_each_spelling_is_read(messages: list[Any], kwargs: Any, effort: Any, is
         ([system("detailed thinking on\ndetailed thinking off"), USER], None, None, ("system line",)),
     ],
 )
-def test_a_contradiction_names_both_fields(messages: list[Any], kwargs: Any, effort: Any, fields: tuple[str, ...]) -> None:
+def test_a_contradiction_names_both_fields(
+    messages: list[Any], kwargs: Any, effort: Any, fields: tuple[str, ...]
+) -> None:
     with pytest.raises(RequestError) as caught:
         read_switch(messages, kwargs, effort)
     assert all(field in str(caught.value) for field in fields)
@@ -67,7 +69,9 @@ def test_a_switch_that_is_no_boolean_is_refused(value: Any) -> None:
         ("{{ messages }}", "llama", False),
     ],
 )
-def test_the_system_line_is_for_models_that_have_no_other_switch(template: str, model_type: str, expected: bool) -> None:
+def test_the_system_line_is_for_models_that_have_no_other_switch(
+    template: str, model_type: str, expected: bool
+) -> None:
     assert needs_system_line(template, model_type) is expected
 
 

@@ -33,7 +33,9 @@ def test_registering_twice_is_harmless_and_the_names_are_ours() -> None:
 def test_vllm_finds_the_plugins_by_their_entry_points() -> None:
     from importlib.metadata import entry_points
 
-    assert {e.name: e.value for e in entry_points(group="vllm.general_plugins")}["puzzle"] == "vllm_puzzle.serving.plugin:register"
+    assert {e.name: e.value for e in entry_points(group="vllm.general_plugins")}[
+        "puzzle"
+    ] == "vllm_puzzle.serving.plugin:register"
     (endpoint,) = (e for e in entry_points(group="vllm.endpoint_plugins") if e.name == "puzzle_reasoning")
     assert endpoint.load()().name == "puzzle_reasoning"
 
@@ -56,7 +58,9 @@ def test_a_homogeneous_llama_keeps_vllms_class_and_a_heterogeneous_one_gets_ours
     config = {k: v for k, v in checkpoints.per_layer_config().items() if k != "model_type"}
     assert PuzzleLlamaConfig(**config).architectures == [PUZZLE_ARCHITECTURE]
     assert PuzzleLlamaConfig(**config | {"per_layer_config": None}).architectures == ["LlamaForCausalLM"]
-    assert PuzzleLlamaConfig(**config | {"per_layer_config": {"1": {"num_key_value_heads": 4}}}).architectures == ["LlamaForCausalLM"]
+    assert PuzzleLlamaConfig(**config | {"per_layer_config": {"1": {"num_key_value_heads": 4}}}).architectures == [
+        "LlamaForCausalLM"
+    ]
     windowed = PuzzleLlamaConfig(**config | {"sliding_window": 12})
     assert windowed.sliding_window is None
     windows = [layer.attention.sliding_window for layer in model_record(windowed).layers if layer.attention]  # type: ignore[union-attr]

@@ -73,5 +73,5 @@ def test_a_quantized_checkpoint_is_held_to_module_names() -> None:
     with pytest.raises(WeightsError, match="layer 0"):
         load({**quantized, "model.layers.0.mlp.up_proj.weight_scale": weight}, quantized=True)
     del quantized["model.layers.2.mlp.up_proj.weight_packed"], quantized["model.layers.2.mlp.up_proj.weight_scale"]
-    with pytest.raises(WeightsError, match="layer 2, tensor `mlp.up_proj.weight`"):
+    with pytest.raises(WeightsError, match=r"layer 2, tensor `mlp\.up_proj\.weight`"):
         load(quantized, quantized=True)
