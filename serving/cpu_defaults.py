@@ -1,7 +1,7 @@
 """Engine settings for a CPU, each with the measurement behind it; every one yields to the user's own flag or variable.
 
 Stock defaults start slowly and run slowly on few cores: they compile first, reserve most of the memory as KV cache,
-spread one small matrix over every core and let OpenMP threads spin. Measured by bench/cpu_settings.py.
+spread one small matrix over every core and let OpenMP threads spin. Measured by serving/cpu_measurement.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vllm_puzzle.model_configs.tensors import kv_bytes_per_token, num_parameters
 
 MIN_KV_BYTES = 64 * 2**20
 NUM_FULL_SEQUENCES = 64
-# Below this hidden size one matrix-vector product is shorter than waking a second thread (bench/cpu_settings.py).
+# Below this hidden size one matrix-vector product is shorter than waking a second thread (serving/cpu_measurement.py).
 SMALL_HIDDEN_SIZE = 512
 
 
@@ -51,7 +51,9 @@ def cpu_settings(record: ModelRecord | None, num_ranks: int = 1) -> list[Setting
         Setting("OMP_NUM_THREADS", str(threads), why_threads if small else "all cores", is_environment=True),
         Setting("OMP_WAIT_POLICY", "PASSIVE", "waiting threads must not spin", is_environment=True),
         _kv_cache_setting(record),
-        Setting("enforce_eager", True, "compiling makes the start 3 times longer (--no-enforce-eager: 1.7 times the tokens/s)"),
+        Setting(
+            "enforce_eager", True, "compiling triples the start-up (--no-enforce-eager: up to 1.7 times the tokens/s)"
+        ),
     ]
     # A model we cannot size keeps its own dtype: in float32 it might not fit.
     if record is not None and not _has_fast_bfloat16() and 4 * num_parameters(record) < _available_bytes() // 2:

@@ -69,7 +69,7 @@ def read_request(argv: Sequence[str]) -> Request:
     # The model comes first, as in `vllm serve MODEL`; a later bare word may be the value of a flag we do not know.
     has_model = bool(argv) and not argv[0].startswith("-")
     flags = [dashed(argument) for argument in (argv[1:] if has_model else argv)]
-    found, _ = parser.parse_known_args(flags)
+    found, _ = parser.parse_known_args(_config_file_flags(flags) + flags)
     sizes = [
         _integer(f"--{s}-parallel-size", getattr(found, f"{s}_parallel_size"), 1)
         for s in ("tensor", "pipeline", "data")
@@ -107,6 +107,22 @@ def check(request: Request) -> ModelRecord | None:
     if request.load_format in ("auto", "safetensors"):
         _check_weights(path, config, record)
     return record
+
+
+def _config_file_flags(flags: Sequence[str]) -> list[str]:
+    """The flags that `--config FILE` stands for; the command line's own come after them and win, as in vLLM."""
+    import yaml
+
+    if "--config" not in flags[:-1]:
+        return []
+    file = Path(flags[flags.index("--config") + 1])
+    try:
+        entries = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"flag --config: found {' '.join(str(error).split())}, allowed: a YAML file") from None
+    if not isinstance(entries, dict):
+        raise ConfigError(f"flag --config: found a YAML {type(entries).__name__} in {file}, allowed: key: value lines")
+    return [dashed(f"--{key}={value}") for key, value in entries.items() if isinstance(value, str | int)]
 
 
 def dashed(argument: str) -> str:

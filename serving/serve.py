@@ -80,14 +80,14 @@ def _run_vllm(argv: Sequence[str], request: Request, flags: dict[str, Any]) -> i
     from vllm_puzzle.serving import vllm_compat
     from vllm_puzzle.serving.plugin import register_classes
 
-    command_class, make_arg_parser, cli_env_setup = vllm_compat.serve_command()
+    command, cli_env_setup = vllm_compat.serve_command()
     cli_env_setup()
-    parser = make_arg_parser(FlexibleArgumentParser(prog="vllm-puzzle serve", usage="%(prog)s [MODEL] [options]"))
-    parser.set_defaults(model_tag=request.model, host="127.0.0.1", **request.defaults, **flags)
-    # vLLM's parser looks for the word `serve` to place --config.
-    args = parser.parse_args(list(argv))
+    parser = FlexibleArgumentParser(prog="vllm-puzzle")
+    serve_parser = command.subparser_init(parser.add_subparsers(dest="subparser"))
+    serve_parser.usage = "vllm-puzzle serve [MODEL] [options]"
+    serve_parser.set_defaults(host="127.0.0.1", **request.defaults, **flags)
+    args = parser.parse_args(["serve", *_with_model(argv, request.model)])
     configure_logging_from_args(args)
-    command = command_class()
     command.validate(args)
     if flags and request.is_single_process:
         vllm_compat.fork_engine_core()
@@ -97,6 +97,12 @@ def _run_vllm(argv: Sequence[str], request: Request, flags: dict[str, Any]) -> i
         scheme = "https" if args.ssl_certfile else "http"
         threading.Thread(target=_announce, args=(scheme, args.host, args.port), daemon=True).start()
     return _until_stopped(command, args)
+
+
+def _with_model(argv: Sequence[str], model: str) -> list[str]:
+    """The arguments with the model in front, where vLLM's parser wants it."""
+    names_model = any(dashed(argument).partition("=")[0] in ("--model", "--help", "-h") for argument in argv)
+    return list(argv) if names_model or (argv and not argv[0].startswith("-")) else [model, *argv]
 
 
 def _until_stopped(command: Any, args: Any) -> int:

@@ -70,12 +70,6 @@ LEDGER = (
         remove_when="the CPU build carries metadata named `vllm`",
     ),
     LedgerEntry(
-        target="vllm.entrypoints.cli.serve:make_arg_parser",
-        why="the flags of `vllm serve`, with our defaults under the user's",
-        upstream="as above",
-        remove_when="as above",
-    ),
-    LedgerEntry(
         target="vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.create_chat_completion",
         why="the one place where a chat request arrives parsed and not yet rendered; wrapped per server instance",
         upstream="https://docs.vllm.ai/en/latest/design/plugin_system.html (endpoint plugins)",
@@ -180,15 +174,15 @@ def allocate_stage_inputs_on_demand() -> None:
     GPUModelRunner.sync_and_gather_intermediate_tensors = sync_and_gather
 
 
-def serve_command() -> tuple[Any, Any, Any]:
-    """(ServeSubcommand, make_arg_parser, cli_env_setup): the pieces of `vllm serve`."""
-    from vllm.entrypoints.cli.serve import ServeSubcommand, make_arg_parser
+def serve_command() -> tuple[Any, Any]:
+    """(the `vllm serve` subcommand, cli_env_setup): the pieces of vLLM's console script."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
 
     try:
         from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     except ImportError:  # vLLM 0.33 moved it
         from vllm.entrypoints.common.startup import cli_env_setup
-    return ServeSubcommand, make_arg_parser, cli_env_setup
+    return ServeSubcommand(), cli_env_setup
 
 
 def chat_template_text(argument: str | None, tokenizer: Any) -> str:

@@ -113,6 +113,7 @@ def test_a_faulty_model_directory_gives_one_clear_line(model: Path, fault: str) 
         (["--port", "http"], "flag --port: found 'http', allowed: an integer"),
         (["--port", "70000"], "flag --port: found 70000, allowed: 0 to 65535"),
         (["--tensor_parallel_size=3"], "found 4, allowed: a multiple of --tensor-parallel-size 3"),
+        (["--config", "/nowhere.yaml"], "flag --config: found"),
         (["-tp", "0"], "flag --tensor-parallel-size: found '0', allowed: an integer of at least 1"),
     ],
 )
@@ -126,6 +127,14 @@ def test_a_model_directory_that_is_not_there_gives_one_clear_line(tmp_path: Path
 
 def test_a_hub_name_without_network_or_cache_gives_one_clear_line() -> None:
     assert_one_line(serve("nobody/nothing", "--port", "0"), "model nobody/nothing: found no copy in the local cache")
+
+
+def test_a_config_file_is_read_as_vllm_reads_it(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(f"model: {model}\ntensor_parallel_size: 3\nport: 0\n")
+    assert_one_line(serve("--config", str(file)), "allowed: a multiple of --tensor-parallel-size 3")
+    # The command line wins over the file: now the first fault is another one.
+    assert_one_line(serve("--config", str(file), "-tp", "1", "--dtype", "int4"), "flag --dtype")
 
 
 def test_a_port_in_use_gives_one_clear_line() -> None:

@@ -1,6 +1,6 @@
 """Measure the engine settings that `vllm-puzzle serve` chooses on a CPU, against their alternatives.
 
-    python -m vllm_puzzle.bench.cpu_settings > bench/results/cpu-settings.json
+    python -m vllm_puzzle.serving.cpu_measurement > bench/results/cpu-settings.json
 
 Each variant runs in a process of its own: offline engine, greedy decoding, after one warm-up round. Shapes are
 Llama-type with random weights; `pocket` is the shipped child. Prints one JSON document; progress goes to stderr.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -96,7 +95,7 @@ def measure(name: str, changes: dict[str, Any]) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as folder:
         arguments = [write_model(name, Path(folder)), settings["dtype"], str(int(settings["enforce_eager"]))]
-        command = [sys.executable, "-P", "-m", "vllm_puzzle.bench.cpu_settings", *arguments]
+        command = [sys.executable, "-P", "-m", "vllm_puzzle.serving.cpu_measurement", *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     if done.returncode:
         return {"model": name, **settings, "error": done.stderr.strip().splitlines()[-1]}
