@@ -10,10 +10,23 @@ Anything else, and any key that is not understood, is refused with its place. St
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from vllm_puzzle.model_configs.json_values import (
+    Json,
+    flag,
+    integer,
+    known_keys,
+    mapping,
+    optional_integer,
+    optional_number,
+    refuse,
+    strings,
+    text,
+)
 from vllm_puzzle.model_configs.schema import (
+    MAX_EXPERTS,
+    MAX_LAYERS,
     Attention,
     AttentionKind,
     ConfigError,
@@ -26,33 +39,17 @@ from vllm_puzzle.model_configs.schema import (
     Rope,
 )
 
-Json = Mapping[str, Any]
-
 FAMILIES = ("nemotron-nas", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
-DECI_ATTENTION_KEYS = (
-    "n_heads_in_group",
-    "no_op",
-    "num_key_value_heads",
-    "num_sink_tokens",
-    "replace_with_linear",
-    "sparsify",
-    "unshifted_sink",
-    "use_prefill_window_in_sink_attention",
-    "weights_precision",
-    "window_length",
-)
-DECI_FFN_KEYS = (
-    "ffn_mult",
-    "gated",
-    "hidden_act",
-    "intermediate_size",
-    "no_op",
-    "replace_with_linear",
-    "sparsify",
-    "weights_precision",
-)
-# Keys of the published schemas that ask for something this version cannot do: allowed only when empty.
-DECI_UNSUPPORTED = ("llama4", "mamba", "moe", "num_sink_tokens", "parallel_blocks", "sparsify")
+MODEL = "model"
+
+# DeciLM's keys. The last ones ask for something this version cannot do: allowed only when null or empty.
+UNSUPPORTED = ("llama4", "mamba", "moe", "num_sink_tokens", "parallel_blocks", "sparsify")
+DECI_ATTENTION_SIZES = ("n_heads_in_group", "num_key_value_heads", "window_length")
+DECI_ATTENTION_FLAGS = ("no_op", "replace_with_linear", "unshifted_sink", "use_prefill_window_in_sink_attention")
+DECI_FFN_SIZES = ("ffn_mult", "intermediate_size")
+DECI_FFN_FLAGS = ("no_op", "replace_with_linear", "gated")
+DECI_OTHER = ("hidden_act", "weights_precision")
+
 SKIP_ATTENTION = ("attention", "self_attn")
 SKIP_FFN = ("ffn", "mlp")
 PER_LAYER_KEYS = (
@@ -67,60 +64,55 @@ PER_LAYER_KEYS = (
 
 def read_model(config: Json) -> ModelRecord:
     """The record of a config.json (parsed). Raises ConfigError naming layer, key, found and allowed."""
-    model_type = _required(config, "model_type")
+    model_type = text(MODEL, config, "model_type", "")
     if model_type not in FAMILIES:
-        raise ConfigError(f"model, key `model_type`: found {model_type!r}, allowed: {', '.join(FAMILIES)}")
-    activation = config.get("hidden_act") or "silu"
+        raise refuse(MODEL, "model_type", model_type or None, ", ".join(FAMILIES))
+    activation = text(MODEL, config, "hidden_act", "silu")
     if activation != "silu":
-        raise ConfigError(f"model, key `hidden_act`: found {activation!r}, allowed: 'silu'")
-    layers = _deci_layers(config) if model_type == "nemotron-nas" else _llama_layers(config)
-    attention_bias = bool(config.get("attention_bias", False))
+        raise refuse(MODEL, "hidden_act", activation, "'silu'")
+    epsilon = optional_number(MODEL, config, "rms_norm_eps")
+    if epsilon is None:
+        raise refuse(MODEL, "rms_norm_eps", None, "a number above 0")
+    attention_bias = flag(MODEL, config, "attention_bias")
     return ModelRecord(
         model_type=model_type,
-        architecture=(config.get("architectures") or ["unknown"])[0],
-        vocab_size=_required(config, "vocab_size"),
-        hidden_size=_required(config, "hidden_size"),
-        layers=layers,
-        max_position_embeddings=_required(config, "max_position_embeddings"),
-        rms_norm_eps=float(_required(config, "rms_norm_eps")),
+        architecture=next(iter(strings(MODEL, config, "architectures")), "unknown"),
+        vocab_size=integer(MODEL, config, "vocab_size"),
+        hidden_size=integer(MODEL, config, "hidden_size"),
+        layers=_deci_layers(config) if model_type == "nemotron-nas" else _llama_layers(config),
+        max_position_embeddings=integer(MODEL, config, "max_position_embeddings"),
+        rms_norm_eps=epsilon,
         rope=_read_rope(config),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_word_embeddings=flag(MODEL, config, "tie_word_embeddings"),
         qkv_bias=attention_bias or model_type == "qwen2",
         o_bias=attention_bias,
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        mlp_bias=flag(MODEL, config, "mlp_bias"),
         qk_norm=model_type in ("qwen3", "qwen3_moe"),
-        dtype=_dtype_name(config),
+        dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch."),
     )
 
 
 def ffn_mult_to_width(ffn_mult: float, hidden_size: int) -> int:
     """DeciLM's FFN width: `int(2 · ffn_mult · hidden / 3)`, rounded up to a multiple of 256."""
     width = int(2 * ffn_mult * hidden_size / 3)
-    return width if width % 256 == 0 else width + 256 - width % 256
-
-
-def _required(config: Json, key: str) -> Any:
-    if config.get(key) is None:
-        raise ConfigError(f"model, key `{key}`: found nothing, allowed: a value (config.json must have it)")
-    return config[key]
-
-
-def _dtype_name(config: Json) -> str:
-    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    return str(dtype).removeprefix("torch.")
+    return width + -width % 256
 
 
 def _read_rope(config: Json) -> Rope:
     """Either transformers 5's `rope_parameters` or the older `rope_theta` + `rope_scaling`."""
-    parameters = dict(config.get("rope_parameters") or {})
-    scaling = dict(config.get("rope_scaling") or {})
-    merged = {"rope_theta": config.get("rope_theta"), **scaling, **parameters}
-    if merged.get("rope_theta") is None:
-        merged["rope_theta"] = 10000.0
-    rope_type = merged.get("rope_type") or merged.get("type") or "default"
-    optional = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    merged = {
+        "rope_theta": config.get("rope_theta"),
+        **mapping(MODEL, config, "rope_scaling"),
+        **mapping(MODEL, config, "rope_parameters"),
+    }
+    theta = optional_number("rope", merged, "rope_theta")
     return Rope(
-        rope_theta=float(merged["rope_theta"]), rope_type=rope_type, **{key: merged.get(key) for key in optional}
+        rope_theta=10000.0 if theta is None else theta,
+        rope_type=text("rope", merged, "rope_type", text("rope", merged, "type", "default")),
+        factor=optional_number("rope", merged, "factor"),
+        low_freq_factor=optional_number("rope", merged, "low_freq_factor"),
+        high_freq_factor=optional_number("rope", merged, "high_freq_factor"),
+        original_max_position_embeddings=optional_integer("rope", merged, "original_max_position_embeddings"),
     )
 
 
@@ -128,158 +120,183 @@ def _read_rope(config: Json) -> Rope:
 
 
 def _deci_layers(config: Json) -> tuple[LayerRecord, ...]:
-    blocks = _required(config, "block_configs")
-    if len(blocks) != _required(config, "num_hidden_layers"):
+    blocks, num_layers = config.get("block_configs"), integer(MODEL, config, "num_hidden_layers", MAX_LAYERS)
+    if not isinstance(blocks, list | tuple):
+        raise refuse(MODEL, "block_configs", blocks, f"a list of {num_layers} objects")
+    if len(blocks) != num_layers:
         raise ConfigError(
-            f"model, key `block_configs`: found {len(blocks)} entries, allowed: num_hidden_layers = "
-            f"{config['num_hidden_layers']}"
+            f"model, key `block_configs`: found {len(blocks)} entries, allowed: num_hidden_layers = {num_layers}"
         )
-    return tuple(_at_layer(index, _deci_layer, config, block) for index, block in enumerate(blocks))
+    return tuple(_deci_layer(config, block, f"layer {index}") for index, block in enumerate(blocks))
 
 
-def _deci_layer(config: Json, block: Json) -> LayerRecord:
-    _refuse_unknown("block", block, ("attention", "ffn", "parallel_blocks"))
-    _refuse_unsupported("block", block)
+def _deci_layer(config: Json, block: Any, where: str) -> LayerRecord:
+    if not isinstance(block, dict):
+        raise ConfigError(f"{where}: found {block!r}, allowed: an object with `attention` and `ffn`")
+    known_keys(where, block, ("attention", "ffn", "parallel_blocks"))
+    _refuse_unsupported(where, block)
     for part in ("attention", "ffn"):
-        if not isinstance(block.get(part), Mapping):
-            raise ConfigError(f"key `{part}`: found {block.get(part)!r}, allowed: an object")
-    return LayerRecord(_deci_attention(config, block["attention"]), _deci_ffn(config, block["ffn"]))
+        if not isinstance(block.get(part), dict):
+            raise refuse(where, part, block.get(part), "an object")
+    attention = _deci_attention(config, block["attention"], f"{where}, attention")
+    return LayerRecord(attention, _deci_ffn(config, block["ffn"], f"{where}, ffn"))
 
 
-def _deci_attention(config: Json, block: Json) -> AttentionKind:
-    _refuse_unsupported("attention", block)
-    _refuse_unknown("attention", block, DECI_ATTENTION_KEYS)
-    if block.get("no_op"):
-        return None
-    if block.get("replace_with_linear"):
-        return LinearMap()
-    heads = _required(config, "num_attention_heads")
-    group: Any = block.get("n_heads_in_group")
-    kv_heads: Any = block.get("num_key_value_heads")
+def _deci_attention(config: Json, block: Json, where: str) -> AttentionKind:
+    known_keys(where, block, DECI_ATTENTION_SIZES + DECI_ATTENTION_FLAGS + DECI_OTHER + UNSUPPORTED)
+    sizes = {key: optional_integer(where, block, key) for key in DECI_ATTENTION_SIZES}
+    for key in DECI_ATTENTION_FLAGS:
+        flag(where, block, key)
+    if _is_replaced(block, where, DECI_ATTENTION_SIZES):
+        return LinearMap() if flag(where, block, "replace_with_linear") else None
+    heads = integer(MODEL, config, "num_attention_heads")
+    group, kv_heads = sizes["n_heads_in_group"], sizes["num_key_value_heads"]
     if group is None and kv_heads is None:
-        raise ConfigError("attention, key `n_heads_in_group`: found null, allowed: a number (the attention is live)")
-    if group is not None:
-        if not isinstance(group, int) or group < 1 or heads % group:
-            raise ConfigError(
-                f"attention, key `n_heads_in_group`: found {group!r}, allowed: a divisor of the {heads} attention heads"
-            )
-        if kv_heads is not None and kv_heads != heads // group:
-            raise ConfigError(
-                f"attention, key `num_key_value_heads`: found {kv_heads}, allowed: {heads // group}, "
-                f"as `n_heads_in_group` = {group} says"
-            )
-        kv_heads = heads // group
-    return Attention(heads, kv_heads, _head_dim(config), block.get("window_length"))
+        raise refuse(where, "n_heads_in_group", None, "a number (the attention is live)")
+    if group is not None and heads % group:
+        raise refuse(where, "n_heads_in_group", group, f"a divisor of the {heads} attention heads")
+    if group is not None and kv_heads not in (None, heads // group):
+        raise refuse(where, "num_key_value_heads", kv_heads, f"{heads // group}, as `n_heads_in_group` = {group} says")
+    kv_heads = kv_heads if group is None else heads // group
+    return _at(where, Attention, heads, kv_heads, _head_dim(config), sizes["window_length"])
 
 
-def _deci_ffn(config: Json, block: Json) -> FFNKind:
-    _refuse_unsupported("ffn", block)
-    _refuse_unknown("ffn", block, DECI_FFN_KEYS)
-    for key, allowed in (("gated", True), ("hidden_act", "silu")):
-        if block.get(key) not in (None, allowed):
-            raise ConfigError(f"ffn, key `{key}`: found {block[key]!r}, allowed: {allowed!r}")
-    if block.get("no_op"):
-        return None
-    if block.get("replace_with_linear"):
-        return LinearMap()
-    width: Any = block.get("intermediate_size")
-    mult: Any = block.get("ffn_mult")
-    if width is None and mult is None:
-        raise ConfigError("ffn, key `ffn_mult`: found null, allowed: a number (the FFN is live)")
-    if mult is not None:
-        if isinstance(mult, bool) or not isinstance(mult, int | float) or mult <= 0:
-            raise ConfigError(f"ffn, key `ffn_mult`: found {mult!r}, allowed: a number above 0")
-        from_mult = ffn_mult_to_width(mult, config["hidden_size"])
-        if width is not None and width != from_mult:
-            raise ConfigError(
-                f"ffn, key `intermediate_size`: found {width}, allowed: {from_mult}, as `ffn_mult` = {mult} says"
-            )
-        width = from_mult
-    return GatedFFN(width)
+def _deci_ffn(config: Json, block: Json, where: str) -> FFNKind:
+    known_keys(where, block, DECI_FFN_SIZES + DECI_FFN_FLAGS + DECI_OTHER + UNSUPPORTED)
+    if not flag(where, {"gated": True, **block}, "gated"):
+        raise refuse(where, "gated", block["gated"], "true")
+    if text(where, block, "hidden_act", "silu") != "silu":
+        raise refuse(where, "hidden_act", block["hidden_act"], "'silu'")
+    width, mult = optional_integer(where, block, "intermediate_size"), optional_number(where, block, "ffn_mult")
+    if _is_replaced(block, where, DECI_FFN_SIZES):
+        return LinearMap() if flag(where, block, "replace_with_linear") else None
+    if mult is None:
+        if width is None:
+            raise refuse(where, "ffn_mult", None, "a number (the FFN is live)")
+        return _at(where, GatedFFN, width)
+    from_mult = ffn_mult_to_width(mult, integer(MODEL, config, "hidden_size"))
+    if width not in (None, from_mult):
+        raise refuse(where, "intermediate_size", width, f"{from_mult}, as `ffn_mult` = {mult} says")
+    return _at(where, GatedFFN, from_mult)
 
 
-def _refuse_unsupported(part: str, block: Json) -> None:
-    for key in DECI_UNSUPPORTED:
-        if block.get(key):
-            raise ConfigError(f"{part}, key `{key}`: found {block[key]!r}, allowed: null (not supported yet)")
+def _is_replaced(block: Json, where: str, sizes: tuple[str, ...]) -> bool:
+    """Whether the sub-block is a no-op or a linear map; sizes beside either, or both at once, contradict it."""
+    _refuse_unsupported(where, block)
+    kinds = [key for key in ("no_op", "replace_with_linear") if flag(where, block, key)]
+    if len(kinds) == 2:
+        raise refuse(where, "replace_with_linear", True, "false, as `no_op` is true")
+    if kinds:
+        for key in sizes:
+            if block.get(key) is not None:
+                raise refuse(where, key, block[key], f"null, as `{kinds[0]}` is true")
+    return bool(kinds)
+
+
+def _refuse_unsupported(where: str, block: Json) -> None:
+    for key in UNSUPPORTED:
+        if block.get(key) not in (None, [], {}, False):
+            raise refuse(where, key, block[key], "null (not supported yet)")
 
 
 # --- Llama family, with or without per_layer_config --------------------------------------------------------------
 
 
 def _llama_layers(config: Json) -> tuple[LayerRecord, ...]:
-    num_layers = _required(config, "num_hidden_layers")
-    overrides = {int(index): value for index, value in (config.get("per_layer_config") or {}).items()}
-    outside = sorted(index for index in overrides if not 0 <= index < num_layers)
-    if outside:
-        raise ConfigError(f"model, key `per_layer_config`: found layers {outside}, allowed: 0 to {num_layers - 1}")
-    return tuple(_at_layer(index, _llama_layer, config, index, overrides.get(index, {})) for index in range(num_layers))
+    num_layers = integer(MODEL, config, "num_hidden_layers", MAX_LAYERS)
+    overrides = _layer_overrides(config, num_layers)
+    return tuple(_llama_layer(config, index, overrides.get(index, {})) for index in range(num_layers))
+
+
+def _layer_overrides(config: Json, num_layers: int) -> dict[int, Json]:
+    """`per_layer_config` by layer number; its keys may be padded (`"07"`) or, in memory, integers."""
+    overrides: dict[int, Json] = {}
+    for key, override in mapping(MODEL, config, "per_layer_config").items():
+        if not str(key).isdecimal() or not int(key) < num_layers:
+            raise ConfigError(f"model, key `per_layer_config`: found layer {key!r}, allowed: 0 to {num_layers - 1}")
+        if not isinstance(override, dict):
+            raise ConfigError(f"layer {key}, per_layer_config: found {override!r}, allowed: an object")
+        if int(key) in overrides:
+            raise ConfigError(f"layer {key}, per_layer_config: found twice, allowed: once")
+        overrides[int(key)] = override
+    return overrides
 
 
 def _llama_layer(config: Json, index: int, override: Json) -> LayerRecord:
-    _refuse_unknown("per_layer_config", override, PER_LAYER_KEYS)
-    skip = override.get("skip", [])
+    where = f"layer {index}"
+    known_keys(f"{where}, per_layer_config", override, PER_LAYER_KEYS)
+    skip = strings(f"{where}, per_layer_config", override, "skip")
     for name in skip:
         if name not in SKIP_ATTENTION + SKIP_FFN:
-            allowed = ", ".join(SKIP_ATTENTION + SKIP_FFN)
-            raise ConfigError(f"per_layer_config, key `skip`: found {name!r}, allowed: {allowed}")
-    layer_config = {**config, **override}
-    attention = None if set(skip) & set(SKIP_ATTENTION) else _llama_attention(layer_config, index, override)
-    return LayerRecord(attention, None if set(skip) & set(SKIP_FFN) else _llama_ffn(layer_config, index))
+            raise refuse(f"{where}, per_layer_config", "skip", name, ", ".join(SKIP_ATTENTION + SKIP_FFN))
+    resolved = {**config, **override}
+    window = optional_integer(where, override, "sliding_window")
+    if "sliding_window" not in override:
+        window = global_window(config, index)
+    attention = None if set(skip) & set(SKIP_ATTENTION) else _llama_attention(resolved, where, window)
+    return LayerRecord(attention, None if set(skip) & set(SKIP_FFN) else _llama_ffn(resolved, index, where))
 
 
-def _llama_attention(config: Json, index: int, override: Json) -> Attention:
-    heads = _required(config, "num_attention_heads")
-    kv_heads = config.get("num_key_value_heads")
-    window = override.get("sliding_window") if "sliding_window" in override else _global_window(config, index)
-    return Attention(heads, heads if kv_heads is None else kv_heads, _head_dim(config), window)
+def _llama_attention(config: Json, where: str, window: int | None) -> Attention:
+    heads = integer(where, config, "num_attention_heads")
+    kv_heads = optional_integer(where, config, "num_key_value_heads")
+    return _at(f"{where}, attention", Attention, heads, kv_heads or heads, _head_dim(config), window)
 
 
-def _global_window(config: Json, index: int) -> int | None:
-    """Hugging Face: `layer_types` decides where it exists; Qwen ignores the window unless `use_sliding_window`."""
-    window: int | None = config.get("sliding_window")
-    layer_types = config.get("layer_types")
-    if layer_types is not None:
+def global_window(config: Json, index: int) -> int | None:
+    """The window a layer has without an override of its own.
+
+    Hugging Face: `layer_types` decides where it exists; Qwen ignores the window unless `use_sliding_window`.
+    """
+    window = optional_integer(MODEL, config, "sliding_window")
+    layer_types = strings(MODEL, config, "layer_types")
+    if layer_types:
+        if index >= len(layer_types):
+            raise refuse(MODEL, "layer_types", layer_types, "an entry for every layer")
         return window if layer_types[index] == "sliding_attention" else None
-    if config["model_type"].startswith("qwen"):
-        return None if not config.get("use_sliding_window") or index < config.get("max_window_layers", 0) else window
+    if text(MODEL, config, "model_type", "").startswith("qwen"):
+        first = optional_integer(MODEL, config, "max_window_layers") or 0
+        return window if flag(MODEL, config, "use_sliding_window") and index >= first else None
     return window
 
 
-def _llama_ffn(config: Json, index: int) -> FFNKind:
-    is_sparse = config["model_type"] == "qwen3_moe" and index not in (config.get("mlp_only_layers") or [])
-    if is_sparse and (index + 1) % (config.get("decoder_sparse_step") or 1) == 0:
-        experts = config.get("num_experts") or config.get("num_local_experts")
-        if experts is None:
-            raise ConfigError("model, key `num_experts`: found nothing, allowed: a number")
-        return MoE(experts, _required(config, "num_experts_per_tok"), _required(config, "moe_intermediate_size"))
-    return GatedFFN(_required(config, "intermediate_size"))
+def _llama_ffn(config: Json, index: int, where: str) -> FFNKind:
+    if config["model_type"] == "qwen3_moe" and _is_sparse(config, index):
+        return _at(
+            f"{where}, moe",
+            MoE,
+            integer(where, config, "num_experts", MAX_EXPERTS),
+            integer(where, config, "num_experts_per_tok", MAX_EXPERTS),
+            integer(where, config, "moe_intermediate_size"),
+        )
+    return _at(f"{where}, ffn", GatedFFN, integer(f"{where}, ffn", config, "intermediate_size"))
+
+
+def _is_sparse(config: Json, index: int) -> bool:
+    """Qwen3-MoE: every `decoder_sparse_step`-th layer has experts, those in `mlp_only_layers` excepted."""
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list | tuple) or not all(type(layer) is int for layer in dense):
+        raise refuse(MODEL, "mlp_only_layers", dense, "a list of layer numbers")
+    step = optional_integer(MODEL, config, "decoder_sparse_step") or 1
+    return index not in dense and (index + 1) % step == 0
 
 
 # --- shared ------------------------------------------------------------------------------------------------------
 
 
 def _head_dim(config: Json) -> int:
-    explicit = config.get("head_dim")
+    explicit = optional_integer(MODEL, config, "head_dim")
     if explicit is not None:
-        return int(explicit)
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        return explicit
+    hidden, heads = integer(MODEL, config, "hidden_size"), integer(MODEL, config, "num_attention_heads")
     if hidden % heads:
-        raise ConfigError(
-            f"model, key `hidden_size`: found {hidden}, allowed: a multiple of the {heads} attention heads"
-        )
-    return int(hidden // heads)
+        raise refuse(MODEL, "hidden_size", hidden, f"a multiple of the {heads} attention heads")
+    return hidden // heads
 
 
-def _refuse_unknown(part: str, block: Json, allowed: tuple[str, ...]) -> None:
-    for key in block:
-        if key not in allowed and key not in DECI_UNSUPPORTED:
-            raise ConfigError(f"{part}, key `{key}`: found an unknown key, allowed: {', '.join(allowed)}")
-
-
-def _at_layer(index: int, read: Any, *arguments: Any) -> LayerRecord:
+def _at(where: str, build: Any, *sizes: Any) -> Any:
+    """Build a record; its own complaint gets the place in front."""
     try:
-        layer: LayerRecord = read(*arguments)
+        return build(*sizes)
     except ConfigError as error:
-        raise ConfigError(f"layer {index}, {error}") from None
-    return layer
+        raise ConfigError(f"{where.partition(',')[0]}, {error}") from None

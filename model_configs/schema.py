@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+# Beyond any published model; a larger number is a mistake, and would only exhaust memory.
+MAX_SIZE, MAX_LAYERS, MAX_EXPERTS = 2**31 - 1, 10_000, 10_000
+
 
 class ConfigError(ValueError):
     """A model description that cannot be served; the message says what, where, found and allowed."""
@@ -16,8 +19,8 @@ class ConfigError(ValueError):
 
 def _require_positive(owner: str, **sizes: int) -> None:
     for key, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{owner}, key `{key}`: found {value!r}, allowed: an integer of at least 1")
+        if type(value) is not int or not 1 <= value <= MAX_SIZE:
+            raise ConfigError(f"{owner}, key `{key}`: found {value!r}, allowed: an integer from 1 to {MAX_SIZE}")
 
 
 @dataclass(frozen=True, slots=True)

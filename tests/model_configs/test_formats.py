@@ -145,9 +145,9 @@ BAD = [
         LLAMA | {"num_key_value_heads": 3},
         "layer 0, attention, key `num_key_value_heads`: found 3, allowed: a divisor of the 4",
     ),
-    (LLAMA | {"hidden_size": 66}, "layer 0, model, key `hidden_size`: found 66, allowed: a multiple of the 4"),
+    (LLAMA | {"hidden_size": 66}, "model, key `hidden_size`: found 66, allowed: a multiple of the 4"),
     (LLAMA | {"intermediate_size": 0}, "layer 0, ffn, key `intermediate_size`: found 0"),
-    (LLAMA | {"per_layer_config": {"7": {}}}, "key `per_layer_config`: found layers [7], allowed: 0 to 2"),
+    (LLAMA | {"per_layer_config": {"7": {}}}, "key `per_layer_config`: found layer '7', allowed: 0 to 2"),
     (LLAMA | {"per_layer_config": {"1": {"skip": ["norm"]}}}, "layer 1, per_layer_config, key `skip`: found 'norm'"),
     (
         LLAMA | {"per_layer_config": {"1": {"n_embd": 3}}},
@@ -157,19 +157,28 @@ BAD = [
     ({k: v for k, v in LLAMA.items() if k != "vocab_size"}, "key `vocab_size`: found nothing"),
     (deci(block()) | {"num_hidden_layers": 2}, "key `block_configs`: found 1 entries, allowed: num_hidden_layers = 2"),
     (deci(block(attention_block(n_heads_in_group=3))), "layer 0, attention, key `n_heads_in_group`: found 3"),
-    (deci(block(attention_block(n_heads_in_group=None))), "layer 0, attention, key `n_heads_in_group`: found null"),
+    (deci(block(attention_block(n_heads_in_group=None))), "layer 0, attention, key `n_heads_in_group`: found nothing"),
     (deci(block(), block(attention_block(num_sink_tokens=4))), "layer 1, attention, key `num_sink_tokens`: found 4"),
     (deci(block(attention_block(windowlength=4))), "layer 0, attention, key `windowlength`: found an unknown key"),
-    (deci(block(ffn=ffn_block(ffn_mult=None))), "layer 0, ffn, key `ffn_mult`: found null"),
+    (deci(block(ffn=ffn_block(ffn_mult=None))), "layer 0, ffn, key `ffn_mult`: found nothing"),
     (deci(block(ffn=ffn_block(ffn_mult="wide"))), "layer 0, ffn, key `ffn_mult`: found 'wide'"),
     (
         deci(block(ffn=ffn_block(intermediate_size=100))),
         "layer 0, ffn, key `intermediate_size`: found 100, allowed: 256",
     ),
     (deci(block(ffn=ffn_block(moe={"num_local_experts": 4}))), "layer 0, ffn, key `moe`: found"),
-    (deci({"attention": attention_block(), "mlp": {}}), "layer 0, block, key `mlp`: found an unknown key"),
-    (deci({"attention": attention_block()}), "layer 0, key `ffn`: found None, allowed: an object"),
-    (deci(block(attention_block(window_length=0))), "layer 0, attention, key `sliding_window`: found 0"),
+    (deci({"attention": attention_block(), "mlp": {}}), "layer 0, key `mlp`: found an unknown key"),
+    (
+        deci(block(attention_block(no_op=True))),
+        "layer 0, attention, key `n_heads_in_group`: found 2, allowed: null, as `no_op`",
+    ),
+    (deci(block(ffn=ffn_block(no_op="yes"))), "layer 0, ffn, key `no_op`: found 'yes', allowed: true, false"),
+    (
+        deci(block(ffn=ffn_block(ffn_mult=None, no_op=True, replace_with_linear=True))),
+        "found True, allowed: false, as `no_op`",
+    ),
+    (deci({"attention": attention_block()}), "layer 0, key `ffn`: found nothing, allowed: an object"),
+    (deci(block(attention_block(window_length=0))), "layer 0, attention, key `window_length`: found 0"),
 ]
 
 

@@ -119,3 +119,23 @@ def write_checkpoint(folder: Path, config: dict[str, Any]) -> ReferenceModel:
     (folder / "config.json").write_text(json.dumps(config))
     save_file({name: t.detach().clone() for name, t in model.named_tensors().items()}, folder / "model.safetensors")
     return model
+
+
+@torch.no_grad()
+def write_adapter(folder: Path, model: ReferenceModel, rank: int) -> Path:
+    """Write a random LoRA adapter in PEFT's format for every matrix of the layers, and merge it into `model`."""
+    generator = torch.Generator().manual_seed(2)
+    tensors, targets = {}, set()
+    for name, weight in model.named_tensors().items():
+        if not name.startswith("model.layers.") or weight.ndim != 2:
+            continue
+        down = torch.randn(rank, weight.shape[1], generator=generator) * 0.1
+        up = torch.randn(weight.shape[0], rank, generator=generator) * 0.1
+        weight += 2.0 * up @ down
+        prefix = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors |= {f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up}
+        targets.add(name.split(".")[-2])
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": sorted(targets), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder

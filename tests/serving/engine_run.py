@@ -17,6 +17,7 @@ import torch
 
 def main(job_file: str) -> None:
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     job = json.loads(Path(job_file).read_text())
     engine = LLM(job["model"], skip_tokenizer_init=True, max_logprobs=-1, **job["llm"])
@@ -24,9 +25,12 @@ def main(job_file: str) -> None:
         max_tokens=job["max_tokens"], temperature=0, logprobs=-1, prompt_logprobs=job.get("prompt_logprobs", -1),
         ignore_eos=True, detokenize=False,
     )  # fmt: skip
+    adapter = LoRARequest("adapter", 1, job["adapter"]) if "adapter" in job else None
     results = []
     for prompts in job["rounds"]:
-        outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        outputs = engine.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], params, lora_request=adapter, use_tqdm=False
+        )
         for output in outputs:
             ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
             steps = [*(output.prompt_logprobs or [])[1:], *output.outputs[0].logprobs]
