@@ -23,7 +23,7 @@ from vllm_puzzle.bench.pocket_data import Batch, step_batches
 from vllm_puzzle.bench.pocket_decode import PocketModel, accuracy
 from vllm_puzzle.bench.pocket_export import PARENT, PUZZLE, export, load
 from vllm_puzzle.bench.pocket_optim import make_optimizers
-from vllm_puzzle.bench.pocket_tasks import CELLS, heldout
+from vllm_puzzle.bench.pocket_tasks import CELLS, Item, heldout
 from vllm_puzzle.bench.pocket_tokenizer import PAD
 
 POCKET = Path(__file__).parents[1] / "model_configs" / "pocket"
@@ -152,9 +152,9 @@ def train(trainer: Trainer, run_dir: Path, out: Path) -> None:
             export(trainer.model, out)
 
 
-def evaluate(folder: Path, per_cell: int) -> dict[str, dict[str, float]]:
-    """Held-out accuracy of an exported model (bf16 weights, float32 arithmetic), thinking on and off."""
-    model, items = load(folder), heldout(FINAL_SEED, per_cell)
+def evaluate(folder: Path, items: list[Item]) -> dict[str, dict[str, float]]:
+    """Accuracy of an exported model (bf16 weights, float32 arithmetic) with thinking on and off."""
+    model = load(folder)
     return {mode: accuracy(model, items, mode == "on") for mode in ("on", "off")}
 
 
@@ -190,7 +190,8 @@ def main(argv: list[str] | None = None) -> None:
     trainer = make_trainer(args.kind, plan, args.parent)
     train(trainer, args.run_dir or RUNS / args.kind, out)
     export(trainer.model, out)
-    scores = evaluate(out, 1 if args.smoke else args.per_cell)
+    items = heldout(FINAL_SEED, args.per_cell)
+    scores = evaluate(out, items[:4] if args.smoke else items)
     print(json.dumps({"steps": trainer.step, "tokens": trainer.tokens, **scores}, indent=1), flush=True)
 
 

@@ -3,7 +3,10 @@
 Read here:
 - DeciLM / nemotron-nas `block_configs` (`n_heads_in_group` or `num_key_value_heads`, `ffn_mult` or `intermediate_size`,
   `no_op`, `replace_with_linear`, `window_length`): NVIDIA's configuration_decilm.py and block_config.py.
-- Hugging Face `per_layer_config` with sparse overrides and `skip` (transformers 5, integrations/heterogeneity).
+- puzzletron v1 `block_configs` (the same list, in the newer spelling) on the families below; a size left null there is
+  the model's own.
+- Hugging Face `per_layer_config` with sparse overrides and `skip` (transformers 5, integrations/heterogeneity), on the
+  families below, with `architectures: ["AnyModel"]` too.
 - Homogeneous Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE configurations, so that `inspect` reads parents too.
 Anything else, and any key that is not understood, is refused with its place. Standard library only.
 """
@@ -41,6 +44,16 @@ from vllm_puzzle.model_configs.schema import (
 
 FAMILIES = ("nemotron-nas", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 MODEL = "model"
+BASE_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+# What transformers assumes where a family's config.json is silent.
+DEFAULT_HEAD_DIM = {"qwen3": 128}
+DEFAULT_WINDOW = {"mistral": 4096}
 
 # DeciLM's keys. The last ones ask for something this version cannot do: allowed only when null or empty.
 UNSUPPORTED = ("llama4", "mamba", "moe", "num_sink_tokens", "parallel_blocks", "sparsify")
@@ -67,6 +80,7 @@ def read_model(config: Json) -> ModelRecord:
     model_type = text(MODEL, config, "model_type", "")
     if model_type not in FAMILIES:
         raise refuse(MODEL, "model_type", model_type or None, ", ".join(FAMILIES))
+    _check_any_model(config)
     activation = text(MODEL, config, "hidden_act", "silu")
     if activation != "silu":
         raise refuse(MODEL, "hidden_act", activation, "'silu'")
@@ -79,7 +93,7 @@ def read_model(config: Json) -> ModelRecord:
         architecture=next(iter(strings(MODEL, config, "architectures")), "unknown"),
         vocab_size=integer(MODEL, config, "vocab_size"),
         hidden_size=integer(MODEL, config, "hidden_size"),
-        layers=_deci_layers(config) if model_type == "nemotron-nas" else _llama_layers(config),
+        layers=_read_layers(config, model_type),
         max_position_embeddings=integer(MODEL, config, "max_position_embeddings"),
         rms_norm_eps=epsilon,
         rope=_read_rope(config),
@@ -116,7 +130,28 @@ def _read_rope(config: Json) -> Rope:
     )
 
 
-# --- DeciLM / nemotron-nas ---------------------------------------------------------------------------------------
+def _read_layers(config: Json, model_type: str) -> tuple[LayerRecord, ...]:
+    has_blocks, has_overrides = config.get("block_configs") is not None, bool(config.get("per_layer_config"))
+    if has_blocks and has_overrides:
+        raise ConfigError("model, key `per_layer_config`: found beside `block_configs`, allowed: one of the two")
+    if model_type == "nemotron-nas" and has_overrides:
+        raise ConfigError("model, key `per_layer_config`: found on nemotron-nas, allowed: `block_configs`")
+    return _deci_layers(config) if has_blocks or model_type == "nemotron-nas" else _llama_layers(config)
+
+
+def _check_any_model(config: Json) -> None:
+    """AnyModel (ModelOpt puzzletron's export) names the real class in `base_architecture`."""
+    if strings(MODEL, config, "architectures") != ["AnyModel"]:
+        return
+    base = text(MODEL, config, "base_architecture", "")
+    allowed = BASE_ARCHITECTURES.get(config["model_type"])
+    if base != allowed:
+        raise refuse(MODEL, "base_architecture", base or None, f"{allowed} for model_type {config['model_type']}")
+    if config.get("anymodel_arch_info"):
+        raise refuse(MODEL, "anymodel_arch_info", config["anymodel_arch_info"], "null (not supported yet)")
+
+
+# --- DeciLM / nemotron-nas, puzzletron v1 -----------------------------------------------------------------------------
 
 
 def _deci_layers(config: Json) -> tuple[LayerRecord, ...]:
@@ -127,10 +162,11 @@ def _deci_layers(config: Json) -> tuple[LayerRecord, ...]:
         raise ConfigError(
             f"model, key `block_configs`: found {len(blocks)} entries, allowed: num_hidden_layers = {num_layers}"
         )
-    return tuple(_deci_layer(config, block, f"layer {index}") for index, block in enumerate(blocks))
+    return tuple(_deci_layer(config, block, index) for index, block in enumerate(blocks))
 
 
-def _deci_layer(config: Json, block: Any, where: str) -> LayerRecord:
+def _deci_layer(config: Json, block: Any, index: int) -> LayerRecord:
+    where = f"layer {index}"
     if not isinstance(block, dict):
         raise ConfigError(f"{where}: found {block!r}, allowed: an object with `attention` and `ffn`")
     known_keys(where, block, ("attention", "ffn", "parallel_blocks"))
@@ -138,11 +174,12 @@ def _deci_layer(config: Json, block: Any, where: str) -> LayerRecord:
     for part in ("attention", "ffn"):
         if not isinstance(block.get(part), dict):
             raise refuse(where, part, block.get(part), "an object")
-    attention = _deci_attention(config, block["attention"], f"{where}, attention")
+    attention = _deci_attention(config, block["attention"], index)
     return LayerRecord(attention, _deci_ffn(config, block["ffn"], f"{where}, ffn"))
 
 
-def _deci_attention(config: Json, block: Json, where: str) -> AttentionKind:
+def _deci_attention(config: Json, block: Json, index: int) -> AttentionKind:
+    where = f"layer {index}, attention"
     known_keys(where, block, DECI_ATTENTION_SIZES + DECI_ATTENTION_FLAGS + DECI_OTHER + UNSUPPORTED)
     sizes = {key: optional_integer(where, block, key) for key in DECI_ATTENTION_SIZES}
     for key in DECI_ATTENTION_FLAGS:
@@ -151,6 +188,10 @@ def _deci_attention(config: Json, block: Json, where: str) -> AttentionKind:
         return LinearMap() if flag(where, block, "replace_with_linear") else None
     heads = integer(MODEL, config, "num_attention_heads")
     group, kv_heads = sizes["n_heads_in_group"], sizes["num_key_value_heads"]
+    window = sizes["window_length"]
+    if config["model_type"] != "nemotron-nas":
+        kv_heads = kv_heads or (None if group else optional_integer(MODEL, config, "num_key_value_heads"))
+        window = window or global_window(config, index)
     if group is None and kv_heads is None:
         raise refuse(where, "n_heads_in_group", None, "a number (the attention is live)")
     if group is not None and heads % group:
@@ -158,7 +199,7 @@ def _deci_attention(config: Json, block: Json, where: str) -> AttentionKind:
     if group is not None and kv_heads not in (None, heads // group):
         raise refuse(where, "num_key_value_heads", kv_heads, f"{heads // group}, as `n_heads_in_group` = {group} says")
     kv_heads = kv_heads if group is None else heads // group
-    return _at(where, Attention, heads, kv_heads, _head_dim(config), sizes["window_length"])
+    return _at(where, Attention, heads, kv_heads, _head_dim(config), window)
 
 
 def _deci_ffn(config: Json, block: Json, where: str) -> FFNKind:
@@ -171,6 +212,8 @@ def _deci_ffn(config: Json, block: Json, where: str) -> FFNKind:
     if _is_replaced(block, where, DECI_FFN_SIZES):
         return LinearMap() if flag(where, block, "replace_with_linear") else None
     if mult is None:
+        if config["model_type"] != "nemotron-nas":
+            width = width or optional_integer(MODEL, config, "intermediate_size")
         if width is None:
             raise refuse(where, "ffn_mult", None, "a number (the FFN is live)")
         return _at(where, GatedFFN, width)
@@ -248,13 +291,14 @@ def global_window(config: Json, index: int) -> int | None:
 
     Hugging Face: `layer_types` decides where it exists; Qwen ignores the window unless `use_sliding_window`.
     """
-    window = optional_integer(MODEL, config, "sliding_window")
+    model_type = text(MODEL, config, "model_type", "")
+    window = optional_integer(MODEL, {"sliding_window": DEFAULT_WINDOW.get(model_type), **config}, "sliding_window")
     layer_types = strings(MODEL, config, "layer_types")
     if layer_types:
         if index >= len(layer_types):
             raise refuse(MODEL, "layer_types", layer_types, "an entry for every layer")
         return window if layer_types[index] == "sliding_attention" else None
-    if text(MODEL, config, "model_type", "").startswith("qwen"):
+    if model_type.startswith("qwen"):
         first = optional_integer(MODEL, config, "max_window_layers") or 0
         return window if flag(MODEL, config, "use_sliding_window") and index >= first else None
     return window
@@ -285,7 +329,7 @@ def _is_sparse(config: Json, index: int) -> bool:
 
 
 def _head_dim(config: Json) -> int:
-    explicit = optional_integer(MODEL, config, "head_dim")
+    explicit = optional_integer(MODEL, config, "head_dim") or DEFAULT_HEAD_DIM.get(config["model_type"])
     if explicit is not None:
         return explicit
     hidden, heads = integer(MODEL, config, "hidden_size"), integer(MODEL, config, "num_attention_heads")

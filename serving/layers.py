@@ -36,7 +36,7 @@ from vllm_puzzle.model_configs.schema import (
 
 
 class PuzzleAttention(nn.Module):
-    """Grouped-query attention with rotary positions, any KV-head count, optional window.
+    """Grouped-query attention with rotary positions, any KV-head count, optional window, optional q/k norm (Qwen3).
 
     hidden: [num_tokens, hidden_size], positions: [num_tokens] → [num_tokens, hidden_size].
     """
@@ -70,6 +70,10 @@ class PuzzleAttention(nn.Module):
             max_position=model.max_position_embeddings,
             rope_parameters=vllm_config.model_config.hf_config.rope_parameters,
         )
+        self.has_qk_norm = model.qk_norm
+        if model.qk_norm:
+            self.q_norm = RMSNorm(spec.head_dim, eps=model.rms_norm_eps)
+            self.k_norm = RMSNorm(spec.head_dim, eps=model.rms_norm_eps)
         cache_config: CacheConfig | None = vllm_config.cache_config
         self.attn = AttentionOp(
             self.num_heads,
@@ -87,6 +91,9 @@ class PuzzleAttention(nn.Module):
         qkv, _ = self.qkv_proj(hidden)
         kv_size = self.num_kv_heads * self.head_dim
         q, k, v = qkv.split([self.num_heads * self.head_dim, kv_size, kv_size], dim=-1)
+        if self.has_qk_norm:
+            q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+            k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
         q, k = self.rotary_emb(positions, q, k)
         output, _ = self.o_proj(self.attn(q, k, v))
         return output
@@ -156,6 +163,7 @@ class PuzzleDecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = _build_attention(model, record.attention, vllm_config, f"{prefix}.self_attn")
         self.mlp = _build_ffn(model, record.ffn, vllm_config, f"{prefix}.mlp")
+        self.is_empty = self.self_attn is None and self.mlp is None
         self.needs_positions = isinstance(record.attention, Attention)
         if self.self_attn is not None:
             self.input_layernorm = RMSNorm(model.hidden_size, eps=model.rms_norm_eps)

@@ -84,7 +84,8 @@ class PuzzleModel(nn.Module):
             assert intermediate_tensors is not None, "vLLM hands a later stage the earlier one's tensors"
             hidden, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
         for layer in islice(self.layers, self.start_layer, self.end_layer):
-            hidden, residual = layer(positions, hidden, residual)
+            if not layer.is_empty:
+                hidden, residual = layer(positions, hidden, residual)
         if not get_pp_group().is_last_rank:
             # A stage of empty layers only has no residual yet; zeros keep the pair's sum.
             residual = torch.zeros_like(hidden) if residual is None else residual

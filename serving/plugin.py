@@ -23,12 +23,12 @@ def register() -> None:
     from transformers import AutoConfig
     from vllm import ModelRegistry
     from vllm_puzzle.serving import vllm_compat
-    from vllm_puzzle.serving.hf_config import NemotronNasConfig, PuzzleLlamaConfig
+    from vllm_puzzle.serving.hf_config import CONFIGS
 
     vllm_compat.check_vllm_version()
     vllm_compat.allow_attention_free_stages()
-    AutoConfig.register("nemotron-nas", NemotronNasConfig, exist_ok=True)
-    AutoConfig.register("llama", PuzzleLlamaConfig, exist_ok=True)
+    for config_class in CONFIGS:
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for name in _served_names():
         ModelRegistry.register_model(name, MODELS[name])
         if name in OVERRIDES:

@@ -17,6 +17,7 @@ from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord, check_ten
 from vllm_puzzle.serving.weights import TensorAccount, WeightsError, place
 
 POCKET = Path(__file__).resolve().parent.parent / "model_configs" / "pocket"
+OUR_ARCHITECTURES = ("DeciLMForCausalLM", "PuzzleForCausalLM", "AnyModel")
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
@@ -199,7 +200,8 @@ def _check_weights(path: Path, config: dict[str, Any], record: ModelRecord | Non
     """Headers of all safetensors files: whole, and (for the models our class serves) exactly the right tensors."""
     files = _weight_files(path)
     account = None
-    if record is not None and (record.is_heterogeneous or record.model_type == "nemotron-nas"):
+    is_ours = record is not None and (record.is_heterogeneous or record.architecture in OUR_ARCHITECTURES)
+    if record is not None and is_ours:
         account = TensorAccount(record, quantized="quantization_config" in config)
     for file in files:
         for name, entry in read_safetensors_header(file):

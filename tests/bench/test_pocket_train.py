@@ -237,6 +237,22 @@ def test_distillation_runs_and_its_folder_loads_again(parent: PocketModel, tmp_p
         assert loaded[name].equal(tensor.to(torch.bfloat16).float()), name
 
 
+def test_the_smoke_command_leaves_a_complete_folder_and_reports_both_modes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pocket_train.main(["parent", "--smoke", "--out", str(tmp_path / "out"), "--run-dir", str(tmp_path / "run")])
+    report = capsys.readouterr().out
+    assert '"on"' in report and '"off"' in report
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
+
+
 def test_hugging_face_computes_the_exported_parent_alike(parent: PocketModel, tmp_path: Path) -> None:
     export(parent, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)

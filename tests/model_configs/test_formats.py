@@ -139,7 +139,49 @@ def test_qwen3_moe_layers_have_experts() -> None:
     assert record.qk_norm
 
 
+def test_puzzletron_v1_blocks_inherit_what_they_leave_null() -> None:
+    newer = {"no_op": False, "replace_with_linear": False, "num_key_value_heads": None, "mamba": None, "llama4": None}
+    ffn = {"no_op": False, "replace_with_linear": False, "intermediate_size": None, "moe": None}
+    blocks = [
+        block(newer, ffn),
+        block(newer | {"num_key_value_heads": 1}, ffn | {"intermediate_size": 40}),
+        block(newer | {"no_op": True}, ffn | {"replace_with_linear": True}),
+    ]
+    assert read_model(LLAMA | {"block_configs": blocks}).layers == (
+        LayerRecord(Attention(4, 2, 16), GatedFFN(96)),
+        LayerRecord(Attention(4, 1, 16), GatedFFN(40)),
+        LayerRecord(None, LinearMap()),
+    )
+
+
+def test_any_model_is_read_by_its_base_architecture() -> None:
+    any_model = LLAMA | {"architectures": ["AnyModel"], "base_architecture": "LlamaForCausalLM"}
+    record = read_model(any_model | {"per_layer_config": {"1": {"skip": ["mlp"]}}})
+    assert record.layers[1] == LayerRecord(Attention(4, 2, 16), None)
+
+
+def test_a_family_that_is_silent_on_its_head_size_or_window_gets_its_own_default() -> None:
+    assert read_model(LLAMA | {"model_type": "qwen3"}).layers[0].attention == Attention(4, 2, 128)
+    assert read_model(LLAMA | {"model_type": "mistral"}).layers[0].attention == Attention(4, 2, 16, 4096)
+    assert read_model(LLAMA | {"model_type": "mistral", "sliding_window": None}).layers[0].attention == Attention(
+        4, 2, 16
+    )
+
+
 BAD = [
+    (
+        LLAMA | {"architectures": ["AnyModel"]},
+        "key `base_architecture`: found nothing, allowed: LlamaForCausalLM for model_type",
+    ),
+    (
+        LLAMA | {"architectures": ["AnyModel"], "base_architecture": "Qwen3ForCausalLM"},
+        "found 'Qwen3ForCausalLM', allowed: Llama",
+    ),
+    (
+        LLAMA | {"block_configs": [], "per_layer_config": {"0": {}}},
+        "key `per_layer_config`: found beside `block_configs`",
+    ),
+    (deci(block()) | {"per_layer_config": {"0": {}}}, "key `per_layer_config`: found beside `block_configs`"),
     (LLAMA | {"model_type": "gpt2"}, "key `model_type`: found 'gpt2', allowed: nemotron-nas, llama"),
     (
         LLAMA | {"num_key_value_heads": 3},

@@ -99,12 +99,15 @@ def check(config: dict[str, Any], rng: Random, num_edits: int) -> tuple[int, int
 def small_configs() -> dict[str, dict[str, Any]]:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "serving"))
     import checkpoints
+    import families
 
     moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     qwen = {"intermediate_size": 96, "num_key_value_heads": 2, "num_hidden_layers": 3}
     return {
         "deci": checkpoints.deci_config(checkpoints.ALL_KINDS),
         "per_layer_config": checkpoints.per_layer_config(),
+        "anymodel": families.FAMILIES["anymodel"],
+        "puzzletron v1": families.FAMILIES["puzzletron v1"],
         "qwen3_moe": checkpoints.BASE
         | qwen
         | moe
@@ -112,7 +115,7 @@ def small_configs() -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("name", ["deci", "per_layer_config", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["deci", "per_layer_config", "anymodel", "puzzletron v1", "qwen3_moe"])
 def test_random_edits_are_refused_in_one_line_or_read_into_a_sound_record(name: str) -> None:
     accepted, refused = check(small_configs()[name], Random(f"mutations/{name}"), NUM_EDITS)
     # Both outcomes must occur often, or the edits test nothing.

@@ -1,25 +1,28 @@
-"""Run vLLM offline on one checkpoint and save every log-probability: `engine_run.py JOB.json`.
+"""Run vLLM offline and save every log-probability: `engine_run.py JOBS.json`.
 
-A process of its own, because vLLM's distributed state lives as long as its process. The job names a model folder,
-LLM arguments and rounds of prompts (token ids); the prompts of one round are served together. Output: one .pt file
-with, per prompt, the token ids (prompt + generated) and the log-probabilities [num_positions, vocab_size] that
-predicted each of them but the first.
+A process of its own, because vLLM's distributed state and our environment last as long as it; several jobs share it,
+because importing vLLM takes longer than a small model's run. A job names a model folder, LLM arguments and rounds of
+prompts (token ids); the prompts of one round are served together. Output per job: one .pt file with, per prompt, the
+token ids (prompt + generated) and the log-probabilities [num_positions, vocab_size] that predicted each of them but
+the first, or the error as text.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
-def main(job_file: str) -> None:
+def run(job: dict[str, Any]) -> list[dict[str, Any]]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    job = json.loads(Path(job_file).read_text())
     engine = LLM(job["model"], skip_tokenizer_init=True, max_logprobs=-1, **job["llm"])
     params = SamplingParams(
         max_tokens=job["max_tokens"], temperature=0, logprobs=-1, prompt_logprobs=job.get("prompt_logprobs", -1),
@@ -28,15 +31,25 @@ def main(job_file: str) -> None:
     adapter = LoRARequest("adapter", 1, job["adapter"]) if "adapter" in job else None
     results = []
     for prompts in job["rounds"]:
-        outputs = engine.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts], params, lora_request=adapter, use_tqdm=False
-        )
-        for output in outputs:
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        for output in engine.generate(inputs, params, lora_request=adapter, use_tqdm=False):
             ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
             steps = [*(output.prompt_logprobs or [])[1:], *output.outputs[0].logprobs]
             table = torch.stack([torch.tensor([step[k].logprob for k in range(len(step))]) for step in steps])
             results.append({"ids": ids, "logprobs": table, "num_cached": output.num_cached_tokens})
-    torch.save(results, job["out"])
+    return results
+
+
+def main(jobs_file: str) -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    for job in json.loads(Path(jobs_file).read_text()):
+        try:
+            torch.save(run(job), job["out"])
+        except Exception:
+            torch.save(traceback.format_exc(), job["out"])
+        gc.collect()
+        cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import checkpoints
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm_puzzle.model_configs.formats import read_model
 from vllm_puzzle.model_configs.schema import ConfigError
@@ -35,6 +38,42 @@ def test_a_homogeneous_llama_has_hugging_faces_logits(tied: bool, bias: bool, ro
         expected, found = theirs(tokens).logits, ours(tokens)
     # Both do the same float32 steps in another order: 3 layers · about 8 roundings of relative size 2^-24 each, on
     # sums of up to 96 terms.
+    torch.testing.assert_close(found, expected, rtol=0, atol=3 * 8 * 96**0.5 * 2**-24 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("ours", "config_class", "model_class", "changes"),
+    [
+        ("mistral", "MistralConfig", "MistralForCausalLM", {"sliding_window": 20}),
+        (
+            "qwen2",
+            "Qwen2Config",
+            "Qwen2ForCausalLM",
+            {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
+        ),
+        ("qwen3", "Qwen3Config", "Qwen3ForCausalLM", {"attention_bias": True}),
+    ],
+)
+@torch.no_grad()
+def test_the_other_families_have_hugging_faces_logits(
+    ours: str, config_class: str, model_class: str, changes: dict[str, Any]
+) -> None:
+    config = getattr(transformers, config_class)(
+        vocab_size=97, hidden_size=64, intermediate_size=88, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=24, rope_parameters={"rope_type": "default", "rope_theta": 1e4}, **changes,
+    )  # fmt: skip
+    if ours == "qwen2":
+        config.head_dim = 16  # its class has no such field and computes hidden_size / heads
+    theirs = getattr(transformers, model_class)(config).eval()
+    for parameter in theirs.parameters():
+        parameter.data.normal_(std=0.15)
+    record = read_model(config.to_dict())
+    assert record.model_type == ours
+    model = ReferenceModel(record)
+    model.load_tensors(theirs.state_dict())
+    tokens = torch.randint(0, 97, (2, 61))
+    expected, found = theirs(tokens).logits, model(tokens)
+    # The bound of the Llama test above, for the same sizes.
     torch.testing.assert_close(found, expected, rtol=0, atol=3 * 8 * 96**0.5 * 2**-24 * expected.abs().max().item())
 
 

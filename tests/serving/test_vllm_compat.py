@@ -51,6 +51,23 @@ def test_the_kv_head_count_is_the_largest_layers_and_survives_a_linear_first_lay
     assert MODEL_ARCH_CONFIG_CONVERTORS["nemotron-nas"](config, config).get_total_num_kv_heads() == 2
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "anymodel", "puzzletron v1"])
+def test_only_heterogeneous_checkpoints_of_a_family_get_our_class(name: str) -> None:
+    import families
+    from transformers import AutoConfig
+    from vllm_puzzle.model_configs.formats import read_model
+    from vllm_puzzle.serving.hf_config import PUZZLE_ARCHITECTURE, model_record
+
+    plugin.register()
+    config = families.FAMILIES[name]
+    loaded = AutoConfig.for_model(**config)
+    assert loaded.architectures == [PUZZLE_ARCHITECTURE]
+    assert model_record(loaded).layers == read_model(config).layers
+    plain = {key: value for key, value in config.items() if key not in ("per_layer_config", "block_configs")}
+    if name != "anymodel":
+        assert AutoConfig.for_model(**plain).architectures == config["architectures"]
+
+
 def test_a_homogeneous_llama_keeps_vllms_class_and_a_heterogeneous_one_gets_ours() -> None:
     import checkpoints
     from vllm_puzzle.serving.hf_config import PUZZLE_ARCHITECTURE, PuzzleLlamaConfig, model_record
