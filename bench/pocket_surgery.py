@@ -51,6 +51,7 @@ def _attention_tensors(
     if isinstance(layer.attention, LinearMap):
         return tensors | {"self_attn.linear_attn.weight": fit_linear(parent, index, inputs)}
     spec = layer.attention
+    assert isinstance(spec, Attention), "the pocket models have no other kind"
     for name in "kv":
         weight = own[f"self_attn.{name}_proj.weight"]
         tensors[f"self_attn.{name}_proj.weight"] = pool_kv_heads(weight, spec)

@@ -7,14 +7,17 @@ Read here:
   the model's own.
 - Hugging Face `per_layer_config` with sparse overrides and `skip` (transformers 5, integrations/heterogeneity), on the
   families below, with `architectures: ["AnyModel"]` too.
+- gpt-oss, gpt-oss-puzzle and NemotronH, for `inspect` (`gpt_oss.py`, `nemotron_h.py`).
 - Homogeneous Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE configurations, so that `inspect` reads parents too.
-Anything else, and any key that is not understood, is refused with its place. Standard library only.
+Any other model type, and in a layer's entry any key that is not understood, is refused with its place. Standard library
+only.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from vllm_puzzle.model_configs import gpt_oss, nemotron_h
 from vllm_puzzle.model_configs.json_values import (
     Json,
     flag,
@@ -43,6 +46,13 @@ from vllm_puzzle.model_configs.schema import (
 )
 
 FAMILIES = ("nemotron-nas", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+# Read for `inspect`; vLLM's own classes serve them, or none yet.
+INSPECTED = {
+    "gpt_oss": gpt_oss.read_layers,
+    "gpt_oss_puzzle": gpt_oss.read_layers,
+    "nemotron_h": nemotron_h.read_layers,
+    "nemotron_h_puzzle": nemotron_h.read_layers,
+}
 MODEL = "model"
 BASE_ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -78,14 +88,14 @@ PER_LAYER_KEYS = (
 def read_model(config: Json) -> ModelRecord:
     """The record of a config.json (parsed). Raises ConfigError naming layer, key, found and allowed."""
     model_type = text(MODEL, config, "model_type", "")
-    if model_type not in FAMILIES:
-        raise refuse(MODEL, "model_type", model_type or None, ", ".join(FAMILIES))
+    if model_type not in (*FAMILIES, *INSPECTED):
+        raise refuse(MODEL, "model_type", model_type or None, ", ".join((*FAMILIES, *INSPECTED)))
     _check_any_model(config)
     activation = text(MODEL, config, "hidden_act", "silu")
     if activation != "silu":
         raise refuse(MODEL, "hidden_act", activation, "'silu'")
-    epsilon = optional_number(MODEL, config, "rms_norm_eps")
-    if epsilon is None:
+    epsilon = optional_number(MODEL, config, "rms_norm_eps") or optional_number(MODEL, config, "norm_eps")
+    if epsilon is None and model_type in FAMILIES:
         raise refuse(MODEL, "rms_norm_eps", None, "a number above 0")
     attention_bias = flag(MODEL, config, "attention_bias")
     return ModelRecord(
@@ -95,7 +105,7 @@ def read_model(config: Json) -> ModelRecord:
         hidden_size=integer(MODEL, config, "hidden_size"),
         layers=_read_layers(config, model_type),
         max_position_embeddings=integer(MODEL, config, "max_position_embeddings"),
-        rms_norm_eps=epsilon,
+        rms_norm_eps=epsilon or 1e-5,
         rope=_read_rope(config),
         tie_word_embeddings=flag(MODEL, config, "tie_word_embeddings"),
         qkv_bias=attention_bias or model_type == "qwen2",
@@ -131,6 +141,8 @@ def _read_rope(config: Json) -> Rope:
 
 
 def _read_layers(config: Json, model_type: str) -> tuple[LayerRecord, ...]:
+    if model_type in INSPECTED:
+        return INSPECTED[model_type](config)
     has_blocks, has_overrides = config.get("block_configs") is not None, bool(config.get("per_layer_config"))
     if has_blocks and has_overrides:
         raise ConfigError("model, key `per_layer_config`: found beside `block_configs`, allowed: one of the two")

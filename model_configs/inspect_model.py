@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from vllm_puzzle.model_configs.formats import read_model
-from vllm_puzzle.model_configs.schema import Attention, ConfigError, GatedFFN, LayerRecord, LinearMap, ModelRecord, MoE
+from vllm_puzzle.model_configs.schema import (
+    Attention,
+    AttentionKind,
+    ConfigError,
+    GatedFFN,
+    LayerRecord,
+    LinearMap,
+    Mamba2,
+    ModelRecord,
+    MoE,
+    PlainFFN,
+)
 from vllm_puzzle.model_configs.tensors import kv_bytes_per_token, layer_tensors, num_parameters
 
 COLUMNS = ("layers", "attention", "kv_heads", "window", "ffn", "ffn_width", "experts", "params_per_layer")
@@ -92,17 +103,17 @@ def _layer_row(record: ModelRecord, layer: LayerRecord) -> dict[str, Any]:
         "attention": _attention_kind(attention),
         "kv_heads": attention.num_kv_heads if isinstance(attention, Attention) else None,
         "window": attention.sliding_window if isinstance(attention, Attention) else None,
-        "ffn": {GatedFFN: "gated", MoE: "moe", LinearMap: "linear"}.get(type(ffn)),
-        "ffn_width": ffn.intermediate_size if isinstance(ffn, GatedFFN | MoE) else None,
+        "ffn": {GatedFFN: "gated", PlainFFN: "relu2", MoE: "moe", LinearMap: "linear"}.get(type(ffn)),
+        "ffn_width": ffn.intermediate_size if isinstance(ffn, GatedFFN | PlainFFN | MoE) else None,
         "experts": f"{ffn.num_experts_per_tok}/{ffn.num_experts}" if isinstance(ffn, MoE) else None,
         "params_per_layer": sum(prod(shape) for shape in layer_tensors(record, layer).values()),
     }
 
 
-def _attention_kind(attention: Attention | LinearMap | None) -> str | None:
+def _attention_kind(attention: AttentionKind) -> str | None:
     if isinstance(attention, Attention):
         return "full" if attention.sliding_window is None else "window"
-    return "linear" if isinstance(attention, LinearMap) else None
+    return {LinearMap: "linear", Mamba2: "mamba2"}.get(type(attention))
 
 
 def _runs(layers: tuple[LayerRecord, ...]) -> list[tuple[int, int, LayerRecord]]:

@@ -64,12 +64,38 @@ class GatedFFN:
 
 
 @dataclass(frozen=True, slots=True)
+class PlainFFN:
+    """`down(relu(up(x))²)` with `intermediate_size` columns (NemotronH)."""
+
+    intermediate_size: int
+
+    def __post_init__(self) -> None:
+        _require_positive("ffn", intermediate_size=self.intermediate_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Mamba2:
+    """A Mamba-2 mixer: `num_heads` heads of `head_dim`, a state of `state_size` per channel (NemotronH)."""
+
+    num_heads: int
+    head_dim: int
+    state_size: int
+    num_groups: int
+    conv_kernel: int
+
+
+@dataclass(frozen=True, slots=True)
 class MoE:
-    """Routed gated FFNs: `num_experts` of width `intermediate_size`, `num_experts_per_tok` of them per token."""
+    """Routed FFNs: `num_experts` of width `intermediate_size`, `num_experts_per_tok` of them per token.
+
+    A shared expert of its own width sees every token (0: none); with `latent_size` the routed ones work in that size.
+    """
 
     num_experts: int
     num_experts_per_tok: int
     intermediate_size: int
+    shared_intermediate_size: int = 0
+    latent_size: int | None = None
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -85,8 +111,8 @@ class MoE:
             )
 
 
-AttentionKind = Attention | LinearMap | None
-FFNKind = GatedFFN | MoE | LinearMap | None
+AttentionKind = Attention | Mamba2 | LinearMap | None
+FFNKind = GatedFFN | PlainFFN | MoE | LinearMap | None
 
 
 @dataclass(frozen=True, slots=True)

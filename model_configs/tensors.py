@@ -7,20 +7,32 @@ Names as published for DeciLM / Llama-type checkpoints (NVIDIA Megatron-Bridge, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
+from vllm_puzzle.model_configs import gpt_oss, nemotron_h
 from vllm_puzzle.model_configs.schema import Attention, GatedFFN, LayerRecord, LinearMap, ModelRecord, MoE
 
 Shape = tuple[int, ...]
+
+# Families whose checkpoints do not follow Llama's names.
+TRUNK = dict.fromkeys(("nemotron_h", "nemotron_h_puzzle"), ("backbone", "embeddings", "norm_f"))
+FAMILY_TENSORS: dict[str, Callable[[ModelRecord, LayerRecord], dict[str, Shape]]] = {
+    "gpt_oss": gpt_oss.layer_tensors,
+    "gpt_oss_puzzle": gpt_oss.layer_tensors,
+    "nemotron_h": nemotron_h.layer_tensors,
+    "nemotron_h_puzzle": nemotron_h.layer_tensors,
+}
 
 
 def model_tensors(model: ModelRecord) -> dict[str, Shape]:
     """All tensors of a checkpoint of `model`, by name, with their shapes (out × in for matrices)."""
     hidden = model.hidden_size
-    tensors: dict[str, Shape] = {"model.embed_tokens.weight": (model.vocab_size, hidden)}
+    trunk, embedding, norm = TRUNK.get(model.model_type, ("model", "embed_tokens", "norm"))
+    tensors: dict[str, Shape] = {f"{trunk}.{embedding}.weight": (model.vocab_size, hidden)}
     for index, layer in enumerate(model.layers):
-        tensors |= {f"model.layers.{index}.{name}": shape for name, shape in layer_tensors(model, layer).items()}
-    tensors["model.norm.weight"] = (hidden,)
+        tensors |= {f"{trunk}.layers.{index}.{name}": shape for name, shape in layer_tensors(model, layer).items()}
+    tensors[f"{trunk}.{norm}.weight"] = (hidden,)
     if not model.tie_word_embeddings:
         tensors["lm_head.weight"] = (model.vocab_size, hidden)
     return tensors
@@ -28,6 +40,8 @@ def model_tensors(model: ModelRecord) -> dict[str, Shape]:
 
 def layer_tensors(model: ModelRecord, layer: LayerRecord) -> dict[str, Shape]:
     """The tensors of one layer, named relative to the layer. A no-op sub-block has none, its norm included."""
+    if model.model_type in FAMILY_TENSORS:
+        return FAMILY_TENSORS[model.model_type](model, layer)
     return _attention_tensors(model, layer) | _ffn_tensors(model, layer)
 
 
@@ -49,6 +63,7 @@ def _attention_tensors(model: ModelRecord, layer: LayerRecord) -> dict[str, Shap
     tensors: dict[str, Shape] = {"input_layernorm.weight": (hidden,)}
     if isinstance(attention, LinearMap):
         return tensors | {"self_attn.linear_attn.weight": (hidden, hidden)}
+    assert isinstance(attention, Attention), "Mamba is NemotronH's, which has its own table"
     q_size, kv_size = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
     for name, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
         tensors[f"self_attn.{name}_proj.weight"] = (size, hidden)

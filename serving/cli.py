@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -32,7 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command == "inspect":
             from vllm_puzzle.model_configs.inspect_model import inspect
 
-            return inspect(rest)
+            status = inspect(rest)
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:  # `… | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ConfigError as error:
         print(f"vllm-puzzle: {error}", file=sys.stderr)
         return 1

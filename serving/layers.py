@@ -197,7 +197,9 @@ def _build_attention(model: ModelRecord, spec: AttentionKind, config: VllmConfig
         return None
     if isinstance(spec, LinearMap):
         return PuzzleLinear(model, "linear_attn", config, prefix)
-    return PuzzleAttention(model, spec, config, prefix)
+    if isinstance(spec, Attention):
+        return PuzzleAttention(model, spec, config, prefix)
+    raise ConfigError(f"{prefix}: found {spec}, allowed: attention, linear map or nothing")
 
 
 def _build_ffn(model: ModelRecord, spec: FFNKind, config: VllmConfig, prefix: str) -> nn.Module | None:

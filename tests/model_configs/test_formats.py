@@ -116,15 +116,62 @@ def test_ffn_mult_gives_the_published_widths(ffn_mult: float, hidden: int, width
     [
         ("nemotron-super-49b-v1.json", 49_867_145_216, 49, 200_704),
         ("nemotron-ultra-253b-v1.json", 253_401_268_224, 64, 262_144),
+        ("gpt-oss-20b.json", 20_914_757_184, 24, 49_152),
+        ("gpt-oss-120b.json", 116_829_156_672, 36, 73_728),
+        ("gpt-oss-puzzle-88b.reconstructed.json", 88_150_438_080, 36, 73_728),
+        ("nemotron-3-nano.json", 31_577_940_288, 6, 6_144),
+        ("nemotron-3-super.json", 120_668_707_840, 8, 8_192),
+        ("nemotron-3-ultra.json", 549_308_993_536, 12, 12_288),
     ],
 )
-def test_the_published_nemotron_configurations_have_their_published_sizes(
+def test_the_published_configurations_have_their_published_sizes(
     root: Path, name: str, parameters: int, attention_layers: int, kv_bytes: int
 ) -> None:
     record = read_model(json.loads((root / "tests" / "configs" / name).read_text()))
     assert num_parameters(record) == parameters
     assert sum(isinstance(layer.attention, Attention) for layer in record.layers) == attention_layers
     assert kv_bytes_per_token(record) == kv_bytes
+
+
+def test_gpt_oss_puzzle_has_its_published_windows_and_expert_counts(root: Path) -> None:
+    file = root / "tests" / "configs" / "gpt-oss-puzzle-88b.reconstructed.json"
+    layers = read_model(json.loads(file.read_text())).layers
+    windows = [layer.attention.sliding_window for layer in layers if isinstance(layer.attention, Attention)]
+    assert [windows.count(window) for window in (None, 128, 8192)] == [10, 18, 8]
+    assert [sum(layer.ffn.num_experts == count for layer in layers) for count in (128, 64)] == [18, 18]  # type: ignore[union-attr]
+
+
+NEMOTRON_H: dict[str, Any] = {
+    "architectures": ["NemotronHForCausalLM"],
+    "model_type": "nemotron_h",
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "max_position_embeddings": 128,
+    "norm_eps": 1e-5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 32,
+    "n_groups": 2,
+    "conv_kernel": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "moe_shared_expert_intermediate_size": 80,
+}
+
+
+def test_nemotron_h_reads_pattern_list_and_block_spellings_alike() -> None:
+    by_pattern = read_model(NEMOTRON_H | {"hybrid_override_pattern": "M-*E"})
+    by_list = read_model(NEMOTRON_H | {"layers_block_type": ["mamba", "mlp", "full_attention", "moe"]})
+    kinds = [{"block_type": kind} for kind in ("mamba", "mlp", "attention", "moe")]
+    by_blocks = read_model(NEMOTRON_H | {"model_type": "nemotron_h_puzzle", "block_configs": kinds})
+    assert by_pattern.layers == by_list.layers == by_blocks.layers
+    own_sizes = read_model(NEMOTRON_H | {"block_configs": [{"block_type": "moe", "num_experts_per_tok": 5}]})
+    assert own_sizes.layers[0].ffn == MoE(8, 5, 40, shared_intermediate_size=80)
 
 
 def test_qwen3_moe_layers_have_experts() -> None:
@@ -169,6 +216,15 @@ def test_a_family_that_is_silent_on_its_head_size_or_window_gets_its_own_default
 
 
 BAD = [
+    (
+        NEMOTRON_H | {"hybrid_override_pattern": "MX"},
+        "layer 1: found block type 'X', allowed: mamba, attention, mlp, moe",
+    ),
+    (NEMOTRON_H, "key `hybrid_override_pattern`: found nothing, allowed: a pattern, or `layers_block_type`"),
+    (
+        NEMOTRON_H | {"hybrid_override_pattern": "M", "num_hidden_layers": 2},
+        "key `num_hidden_layers`: found 2, allowed: 1",
+    ),
     (
         LLAMA | {"architectures": ["AnyModel"]},
         "key `base_architecture`: found nothing, allowed: LlamaForCausalLM for model_type",

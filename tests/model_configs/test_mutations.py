@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 from vllm_puzzle.model_configs.formats import read_model
 from vllm_puzzle.model_configs.inspect_model import describe, format_table
-from vllm_puzzle.model_configs.schema import Attention, ConfigError, GatedFFN, LinearMap, ModelRecord, MoE
+from vllm_puzzle.model_configs.schema import (
+    Attention,
+    ConfigError,
+    GatedFFN,
+    LinearMap,
+    Mamba2,
+    ModelRecord,
+    MoE,
+    PlainFFN,
+)
 from vllm_puzzle.model_configs.tensors import model_tensors
 
 NUM_EDITS = 1500  # per configuration; `python tests/model_configs/test_mutations.py 100000` runs more
@@ -62,8 +71,8 @@ def assert_sound(record: ModelRecord) -> None:
             assert layer.attention.head_dim % 2 == 0
             assert layer.attention.sliding_window is None or layer.attention.sliding_window > 0
         else:
-            assert layer.attention is None or layer.attention == LinearMap()
-        assert isinstance(layer.ffn, GatedFFN | MoE | LinearMap | None)
+            assert isinstance(layer.attention, Mamba2 | LinearMap | None)
+        assert isinstance(layer.ffn, GatedFFN | PlainFFN | MoE | LinearMap | None)
     for name, shape in model_tensors(record).items():
         assert all(type(size) is int and size > 0 for size in shape), name
     assert record.rms_norm_eps > 0
@@ -74,6 +83,7 @@ def assert_sound(record: ModelRecord) -> None:
 
 def check(config: dict[str, Any], rng: Random, num_edits: int) -> tuple[int, int]:
     """(accepted, refused) of `num_edits` random edits; raises on a traceback or an unsound record."""
+    assert_sound(read_model(config))
     accepted = refused = 0
     for _ in range(num_edits):
         edited, note = mutate(config, rng)
@@ -102,12 +112,23 @@ def small_configs() -> dict[str, dict[str, Any]]:
     import families
 
     moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    gpt_oss = {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    }
+    mamba = {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 32, "n_groups": 2, "conv_kernel": 4}
+    hybrid = mamba | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_eps": 1e-5}
     qwen = {"intermediate_size": 96, "num_key_value_heads": 2, "num_hidden_layers": 3}
     return {
         "deci": checkpoints.deci_config(checkpoints.ALL_KINDS),
         "per_layer_config": checkpoints.per_layer_config(),
         "anymodel": families.FAMILIES["anymodel"],
         "puzzletron v1": families.FAMILIES["puzzletron v1"],
+        "gpt_oss": families.config("gpt_oss", "GptOssForCausalLM", **gpt_oss, num_hidden_layers=4),
+        "nemotron_h": families.config(
+            "nemotron_h", "X", **hybrid, num_hidden_layers=4, layers_block_type=["mamba", "mlp", "moe", "attention"]
+        ),
         "qwen3_moe": checkpoints.BASE
         | qwen
         | moe
@@ -115,7 +136,9 @@ def small_configs() -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("name", ["deci", "per_layer_config", "anymodel", "puzzletron v1", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "name", ["deci", "per_layer_config", "anymodel", "puzzletron v1", "qwen3_moe", "gpt_oss", "nemotron_h"]
+)
 def test_random_edits_are_refused_in_one_line_or_read_into_a_sound_record(name: str) -> None:
     accepted, refused = check(small_configs()[name], Random(f"mutations/{name}"), NUM_EDITS)
     # Both outcomes must occur often, or the edits test nothing.
