@@ -321,7 +321,9 @@ def _llama_ffn(config: Json, index: int, where: str) -> FFNKind:
         return _at(
             f"{where}, moe",
             MoE,
-            integer(where, config, "num_experts", MAX_EXPERTS),
+            # transformers writes `num_local_experts` where the published files say `num_experts`.
+            optional_integer(where, config, "num_local_experts", MAX_EXPERTS)
+            or integer(where, config, "num_experts", MAX_EXPERTS),
             integer(where, config, "num_experts_per_tok", MAX_EXPERTS),
             integer(where, config, "moe_intermediate_size"),
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 from vllm_puzzle.model_configs.formats import global_window, read_model
 from vllm_puzzle.model_configs.schema import ModelRecord
 
@@ -97,7 +97,21 @@ class PuzzleQwen3Config(MaybeHeterogeneous, Qwen3Config):
     model_type = "qwen3"
 
 
-CONFIGS = (NemotronNasConfig, PuzzleLlamaConfig, PuzzleMistralConfig, PuzzleQwen2Config, PuzzleQwen3Config)
+@strict
+class PuzzleQwen3MoeConfig(MaybeHeterogeneous, Qwen3MoeConfig):
+    """Qwen3-MoE: a heterogeneous one is refused by our class, where vLLM's would run skipped layers on no weights."""
+
+    model_type = "qwen3_moe"
+
+
+CONFIGS = (
+    NemotronNasConfig,
+    PuzzleLlamaConfig,
+    PuzzleMistralConfig,
+    PuzzleQwen2Config,
+    PuzzleQwen3Config,
+    PuzzleQwen3MoeConfig,
+)
 
 
 def model_record(config: PreTrainedConfig) -> ModelRecord:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_puzzle.model_configs.formats import FAMILIES, read_model
-from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord, check_tensor_parallel
+from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord, MoE, check_tensor_parallel
 from vllm_puzzle.serving.weights import TensorAccount, WeightsError, place
 
 POCKET = Path(__file__).resolve().parent.parent / "model_configs" / "pocket"
@@ -104,6 +104,7 @@ def check(request: Request) -> ModelRecord | None:
         _check_tokenizer(path)
     record = read_model(config) if config.get("model_type") in FAMILIES else None
     if record is not None:
+        _check_servable(record)
         check_tensor_parallel(record, request.tensor_parallel_size)
     if request.load_format in ("auto", "safetensors"):
         _check_weights(path, config, record)
@@ -193,6 +194,20 @@ def _thinks(path: Path) -> bool:
     return any("</think>" in file.read_text() for file in files if file.is_file())
 
 
+def _is_ours(record: ModelRecord) -> bool:
+    return record.is_heterogeneous or record.architecture in OUR_ARCHITECTURES
+
+
+def _check_servable(record: ModelRecord) -> None:
+    """What our class cannot build yet (vLLM's own classes serve homogeneous models of these kinds)."""
+    for index, layer in enumerate(record.layers):
+        if _is_ours(record) and isinstance(layer.ffn, MoE):
+            raise ConfigError(
+                f"layer {index}, ffn: found {layer.ffn.num_experts} experts in a heterogeneous {record.model_type}, "
+                "allowed: a gated FFN, a linear map or nothing (experts are not served yet)"
+            )
+
+
 # --- weights -----------------------------------------------------------------------------------------------------
 
 
@@ -200,8 +215,7 @@ def _check_weights(path: Path, config: dict[str, Any], record: ModelRecord | Non
     """Headers of all safetensors files: whole, and (for the models our class serves) exactly the right tensors."""
     files = _weight_files(path)
     account = None
-    is_ours = record is not None and (record.is_heterogeneous or record.architecture in OUR_ARCHITECTURES)
-    if record is not None and is_ours:
+    if record is not None and _is_ours(record):
         account = TensorAccount(record, quantized="quantization_config" in config)
     for file in files:
         for name, entry in read_safetensors_header(file):

@@ -35,6 +35,9 @@ V1_BLOCKS = [
     v1_block({"num_key_value_heads": 4}, {"replace_with_linear": True}),
 ]
 
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+HETEROGENEOUS_MOE = config("qwen3_moe", "Qwen3MoeForCausalLM", per_layer_config=OVERRIDES, **MOE)
+
 # Mistral's global window is on every layer that does not say otherwise, as in its own class.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": config("llama", "LlamaForCausalLM", per_layer_config=OVERRIDES),

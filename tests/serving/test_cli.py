@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import families
 import pytest
 import server
 from safetensors.torch import load_file, save_file
@@ -78,6 +79,10 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "wrong dtype": (
         lambda m: edit_tensors(m, lambda t: t.update({NAME: t[NAME].int()})),
         "layer 3, tensor `mlp.up_proj.weight`: found dtype I32, allowed: BF16, F16, F32",
+    ),
+    "heterogeneous experts": (
+        lambda m: (m / "config.json").write_text(json.dumps(families.HETEROGENEOUS_MOE)),
+        "layer 0, ffn: found 4 experts in a heterogeneous qwen3_moe, allowed: a gated FFN",
     ),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), "found no weights"),
     "missing tokenizer": (lambda m: (m / "tokenizer.json").unlink(), "found no tokenizer, allowed: one of"),

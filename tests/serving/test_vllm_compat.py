@@ -51,6 +51,15 @@ def test_the_kv_head_count_is_the_largest_layers_and_survives_a_linear_first_lay
     assert MODEL_ARCH_CONFIG_CONVERTORS["nemotron-nas"](config, config).get_total_num_kv_heads() == 2
 
 
+def test_heterogeneous_experts_are_sent_to_our_class_which_refuses_them() -> None:
+    import families
+    from transformers import AutoConfig
+    from vllm_puzzle.serving.hf_config import PUZZLE_ARCHITECTURE
+
+    plugin.register()
+    assert AutoConfig.for_model(**families.HETEROGENEOUS_MOE).architectures == [PUZZLE_ARCHITECTURE]
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "anymodel", "puzzletron v1"])
 def test_only_heterogeneous_checkpoints_of_a_family_get_our_class(name: str) -> None:
     import families
