@@ -182,6 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--per-cell", type=int, default=25, help=f"final held-out items per cell ({len(CELLS)} cells)")
     parser.add_argument("--smoke", action="store_true", help="3 tiny steps, to see that everything runs")
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # the cores are the workers'
     steps = args.steps if args.steps is not None else {"parent": 1300, "puzzle": 900}[args.kind]
     plan = Plan(steps, args.step_tokens, args.lr, args.seed, probe_every=200)
     if args.smoke:
