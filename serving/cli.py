@@ -9,10 +9,12 @@ from collections.abc import Sequence
 USAGE = """\
 usage: vllm-puzzle serve [MODEL] [any flag of `vllm serve`]
        vllm-puzzle inspect MODEL_OR_CONFIG [--json]
+       vllm-puzzle convert SRC DST --to {per_layer_config,anymodel,deci}
 
   serve    start an OpenAI-compatible server; without MODEL, the pocket model that the package ships
            (`vllm-puzzle serve --help` lists vLLM's flags)
   inspect  show a model's layers, parameters and KV-cache bytes, from its config.json alone
+  convert  write the same model under another description; weights are linked, not changed
 """
 
 
@@ -36,13 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = inspect(rest)
             sys.stdout.flush()
             return status
+        if command == "convert":
+            from vllm_puzzle.model_configs.convert import convert
+
+            return convert(rest)
     except BrokenPipeError:  # `… | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ConfigError as error:
         print(f"vllm-puzzle: {error}", file=sys.stderr)
         return 1
-    print(f"vllm-puzzle: found subcommand {command!r}, allowed: serve, inspect", file=sys.stderr)
+    print(f"vllm-puzzle: found subcommand {command!r}, allowed: serve, inspect, convert", file=sys.stderr)
     return 2
 
 

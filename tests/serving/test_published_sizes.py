@@ -1,0 +1,39 @@
+"""vLLM's model object for the published full-size configurations has the published size, on the meta device."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "attention_layers", "kv_bytes"),
+    [
+        ("nemotron-super-49b-v1.json", 49_867_145_216, 49, 200_704),
+        ("nemotron-ultra-253b-v1.json", 253_401_268_224, 64, 262_144),
+    ],
+)
+def test_a_published_model_is_built_at_its_final_size_and_never_larger(
+    root: Path, tmp_path: Path, name: str, parameters: int, attention_layers: int, kv_bytes: int
+) -> None:
+    (tmp_path / "config.json").write_text((root / "tests" / "configs" / name).read_text())
+    done = subprocess.run(
+        [sys.executable, "-P", str(Path(__file__).with_name("meta_build.py")), str(tmp_path)],
+        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    sizes = json.loads(done.stdout.splitlines()[-1])
+    assert sizes["num_parameters"] == parameters
+    assert sizes["num_created"] == parameters, "a layer was built at another size first"
+    assert sizes["num_attention_layers"] == attention_layers
+    assert 2 * sizes["kv_elements_per_token"] == kv_bytes
