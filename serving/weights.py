@@ -7,6 +7,7 @@ The same check runs on the safetensors headers before the engine starts (`prefli
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -14,6 +15,7 @@ from typing import TypeVar
 from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord
 from vllm_puzzle.model_configs.tensors import Shape, model_tensors
 
+logger = logging.getLogger("vllm.puzzle")
 T = TypeVar("T")
 # Recomputed from the config by every engine; old Llama exports carry it.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -40,6 +42,9 @@ class TensorAccount:
         """Tick one tensor off; False when it is to be ignored. Raises WeightsError for surplus or misshapen ones."""
         if IGNORED.search(name) or (name == "lm_head.weight" and self.record.tie_word_embeddings):
             return False
+        if self._is_idle_norm(name):
+            logger.warning("%s: left out, as the layer skips the sub-block that it would norm", place(name))
+            return False
         if self.quantized:
             return self._see_quantized(name)
         if name not in self.expected:
@@ -50,6 +55,14 @@ class TensorAccount:
             raise WeightsError(f"{place(name)}: found twice, allowed: once")
         self.missing.remove(name)
         return True
+
+    def _is_idle_norm(self, name: str) -> bool:
+        """Hugging Face's `skip` may leave the norm of a skipped sub-block in the file; DeciLM's no-op has none."""
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(input_layernorm|post_attention_layernorm)\.weight", name)
+        if match is None or self.record.model_type == "nemotron-nas" or int(match[1]) >= len(self.record.layers):
+            return False
+        layer = self.record.layers[int(match[1])]
+        return (layer.attention if match[2] == "input_layernorm" else layer.ffn) is None
 
     def close(self) -> None:
         """Raises WeightsError naming the tensors that never came."""

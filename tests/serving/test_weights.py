@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import checkpoints
 import pytest
 import torch
@@ -62,6 +64,22 @@ def test_a_tensor_that_comes_twice_is_refused() -> None:
 
 def test_rotary_buffers_of_old_exports_are_left_out() -> None:
     assert "rotary" not in " ".join(load({**TENSORS, "model.layers.2.self_attn.rotary_emb.inv_freq": torch.empty(16)}))
+
+
+def test_the_norm_of_a_skipped_sub_block_is_left_out_aloud_where_hugging_face_may_keep_it(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # vLLM switches it off, and caplog with it
+    record = read_model(checkpoints.per_layer_config())
+    tensors = {name: torch.empty(shape) for name, shape in model_tensors(record).items()}
+    idle = "model.layers.0.input_layernorm.weight"
+    with caplog.at_level("WARNING", logger="vllm.puzzle"):
+        loaded = [name for name, _ in TensorAccount(record).watch([*tensors.items(), (idle, torch.ones(64))])]
+    assert loaded == list(tensors)
+    assert "layer 0, tensor `input_layernorm.weight`: left out" in caplog.text
+    for surplus in ("model.layers.0.self_attn.q_proj.weight", "model.layers.9.input_layernorm.weight"):
+        with pytest.raises(WeightsError, match="no place for"):
+            list(TensorAccount(record).watch([*tensors.items(), (surplus, torch.ones(64))]))
 
 
 def test_a_quantized_checkpoint_is_held_to_module_names() -> None:
