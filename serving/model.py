@@ -30,6 +30,7 @@ from vllm.sequence import IntermediateTensors
 from vllm_puzzle.serving import vllm_compat
 from vllm_puzzle.serving.hf_config import model_record
 from vllm_puzzle.serving.layers import PuzzleDecoderLayer, add_and_norm
+from vllm_puzzle.serving.stages import use_partition_by_cost
 from vllm_puzzle.serving.weights import TensorAccount
 
 
@@ -55,6 +56,7 @@ class PuzzleModel(nn.Module):
         def build(prefix: str) -> PuzzleDecoderLayer:
             return PuzzleDecoderLayer(record, record.layers[int(prefix.rpartition(".")[2])], vllm_config, prefix)
 
+        use_partition_by_cost(record, stage.world_size)
         if not stage.is_first_rank:
             vllm_compat.allocate_stage_inputs_on_demand()
         self.start_layer, self.end_layer, self.layers = make_layers(

@@ -34,6 +34,7 @@ class Request:
     tokenizer: str | None
     load_format: str
     num_ranks: int
+    num_stages: int
     tensor_parallel_size: int
     needs_tokenizer: bool
 
@@ -83,6 +84,7 @@ def read_request(argv: Sequence[str]) -> Request:
         tokenizer=found.tokenizer,
         load_format=found.load_format,
         num_ranks=sizes[0] * sizes[1] * sizes[2],
+        num_stages=sizes[1],
         tensor_parallel_size=sizes[0],
         needs_tokenizer=not found.skip_tokenizer_init,
     )
@@ -194,14 +196,15 @@ def _thinks(path: Path) -> bool:
     return any("</think>" in file.read_text() for file in files if file.is_file())
 
 
-def _is_ours(record: ModelRecord) -> bool:
+def is_ours(record: ModelRecord) -> bool:
+    """Whether our class serves the model, and not vLLM's own."""
     return record.is_heterogeneous or record.architecture in OUR_ARCHITECTURES
 
 
 def _check_servable(record: ModelRecord) -> None:
     """What our class cannot build yet (vLLM's own classes serve homogeneous models of these kinds)."""
     for index, layer in enumerate(record.layers):
-        if _is_ours(record) and isinstance(layer.ffn, MoE):
+        if is_ours(record) and isinstance(layer.ffn, MoE):
             raise ConfigError(
                 f"layer {index}, ffn: found {layer.ffn.num_experts} experts in a heterogeneous {record.model_type}, "
                 "allowed: a gated FFN, a linear map or nothing (experts are not served yet)"
@@ -215,7 +218,7 @@ def _check_weights(path: Path, config: dict[str, Any], record: ModelRecord | Non
     """Headers of all safetensors files: whole, and (for the models our class serves) exactly the right tensors."""
     files = _weight_files(path)
     account = None
-    if record is not None and _is_ours(record):
+    if record is not None and is_ours(record):
         account = TensorAccount(record, quantized="quantization_config" in config)
     for file in files:
         for name, entry in read_safetensors_header(file):

@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
+from vllm_puzzle.model_configs.schema import ModelRecord
 from vllm_puzzle.serving.cpu_defaults import Setting, cpu_settings, is_cpu_engine
-from vllm_puzzle.serving.preflight import Request, check, dashed, read_request
+from vllm_puzzle.serving.preflight import Request, check, dashed, is_ours, read_request
+from vllm_puzzle.serving.stages import PARTITION, partition_by_cost
 
 NUM_STEPS = 4
 MAX_ERROR_CHARS = 500
@@ -34,7 +36,8 @@ def serve(argv: Sequence[str]) -> int:
         say(1, f"checking {request.model}")
         record = check(request)
         if is_cpu_engine():
-            settings = cpu_settings(record, request.num_ranks)
+            settings += cpu_settings(record, request.num_ranks)
+        settings += _stage_settings(record, request.num_stages)
     flags = _apply(settings, argv)
     _name_plugins()
     # vLLM's helper processes start as `python -m`: the current folder must not shadow installed packages.
@@ -42,6 +45,12 @@ def serve(argv: Sequence[str]) -> int:
     if not wants_help:
         say(2, "importing vLLM")
     return _run_vllm(argv, request, flags)
+
+
+def _stage_settings(record: ModelRecord | None, num_stages: int) -> list[Setting]:
+    partition = partition_by_cost(record, num_stages) if record is not None and is_ours(record) else None
+    why = "layers per pipeline stage such that the costliest stage costs least"
+    return [] if partition is None else [Setting(PARTITION, partition, why, is_environment=True)]
 
 
 def say(step: int, text: str) -> None:
@@ -89,7 +98,7 @@ def _run_vllm(argv: Sequence[str], request: Request, flags: dict[str, Any]) -> i
     args = parser.parse_args(["serve", *_with_model(argv, request.model)])
     configure_logging_from_args(args)
     command.validate(args)
-    if flags and request.is_single_process:
+    if is_cpu_engine() and request.is_single_process:
         vllm_compat.fork_engine_core()
         register_classes()
     say(3, "reading the configuration and starting the engine")

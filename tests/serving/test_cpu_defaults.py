@@ -65,6 +65,15 @@ def test_what_the_user_has_set_stays_and_the_rest_is_printed_with_its_reason(
     assert [f"why {x}" in printed for x in "abcde"] == [False, True, False, False, True]
 
 
+def test_a_pipeline_is_cut_by_cost_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    record = load_record(root / "tests" / "configs" / "nemotron-ultra-253b-v1.json")
+    monkeypatch.delenv("VLLM_PP_LAYER_PARTITION", raising=False)
+    assert values(serve._stage_settings(record, 4)) == {"VLLM_PP_LAYER_PARTITION": "51,44,40,27"}
+    assert serve._stage_settings(record, 1) == serve._stage_settings(None, 4) == []
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "81,81")
+    assert serve._stage_settings(record, 2) == []
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [(None, {"puzzle", "puzzle_reasoning"}), ("other", {"other", "puzzle", "puzzle_reasoning"})],

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from vllm_puzzle.model_configs.inspect_model import load_record
+from vllm_puzzle.model_configs.partition import split_layers
 from vllm_puzzle.serving.cpu_defaults import cpu_settings
 from vllm_puzzle.serving.reference_model import ReferenceModel
 
@@ -189,5 +190,13 @@ def test_pipeline_parallelism_with_a_first_stage_without_attention(tmp_path: Pat
     config = checkpoints.deci_config([*FIRST_STAGES[kind], *checkpoints.ALL_KINDS[2:4]])
     reference = checkpoints.write_checkpoint(tmp_path / "model", config)
     jobs = Jobs(tmp_path)
+    jobs.environment["VLLM_PP_LAYER_PARTITION"] = "2,2"
     jobs.add("pipeline", tmp_path / "model", {"pipeline_parallel_size": 2})
     assert_equal_to(reference, jobs.run()["pipeline"])
+
+
+def test_pipeline_parallelism_cut_by_cost(folder: Path, deci: ReferenceModel) -> None:
+    assert split_layers(deci.record, 2) != (5, 5), "by count the split would be the same, and this would show nothing"
+    jobs = Jobs(folder)
+    jobs.add("by cost", folder / "deci", {"pipeline_parallel_size": 2})
+    assert_equal_to(deci, jobs.run()["by cost"])
