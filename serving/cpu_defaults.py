@@ -50,11 +50,12 @@ def cpu_settings(record: ModelRecord | None, num_ranks: int = 1) -> list[Setting
     settings = [
         Setting("OMP_NUM_THREADS", str(threads), why_threads if small else "all cores", is_environment=True),
         Setting("OMP_WAIT_POLICY", "PASSIVE", "waiting threads must not spin", is_environment=True),
-        _kv_cache_setting(record),
         Setting(
             "enforce_eager", True, "compiling triples the start-up (--no-enforce-eager: up to 1.7 times the tokens/s)"
         ),
     ]
+    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:  # vLLM's own variable for it would win anyway
+        settings.append(_kv_cache_setting(record, num_ranks))
     # A model we cannot size keeps its own dtype: in float32 it might not fit.
     if record is not None and not _has_fast_bfloat16() and 4 * num_parameters(record) < _available_bytes() // 2:
         why = "no bfloat16 arithmetic in this CPU: a batch of 16 runs 1.7 to 3 times faster"
@@ -77,9 +78,9 @@ def thread_binding(num_ranks: int) -> str:
     return "|".join(",".join(map(str, cores[rank * share : (rank + 1) * share])) for rank in range(num_ranks))
 
 
-def _kv_cache_setting(record: ModelRecord | None) -> Setting:
+def _kv_cache_setting(record: ModelRecord | None, num_ranks: int) -> Setting:
     """Room for NUM_FULL_SEQUENCES, within a quarter of the free memory: touching more makes the start slower."""
-    limit = _available_bytes() // 4
+    limit = _available_bytes() // (4 * num_ranks)
     wanted = limit + 1
     if record is not None:
         wanted = NUM_FULL_SEQUENCES * record.max_position_embeddings * kv_bytes_per_token(record, bytes_per_element=4)

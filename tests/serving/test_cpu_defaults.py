@@ -37,6 +37,12 @@ def test_a_large_model_gets_every_core_and_a_share_of_the_memory(root: Path) -> 
     assert 0 < chosen["kv_cache_memory_bytes"] < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 3  # type: ignore[operator]
 
 
+def test_vllms_own_variable_for_the_kv_cache_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "kv_cache_memory_bytes" in values(cpu_settings(None))
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    assert "kv_cache_memory_bytes" not in values(cpu_settings(None))
+
+
 def test_several_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 5, 7})
     assert thread_binding(2) == "0,1|2,5"
