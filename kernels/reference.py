@@ -18,10 +18,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (x.float() * torch.rsqrt(variance + eps)).to(x.dtype)
 
 
-def gated_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """`down · (silu(gate · x) · (up · x))`. x: [..., D], gate, up: [F, D], down: [D, F] → [..., D]."""
+def gated_ffn(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """`down · (silu(gate · x) · (up · x))`. x: [..., D], gate, up: [F, D], down: [D, F] → [..., D]; biases are added
+    after each product. gate_bias, up_bias: [F], down_bias: [D].
+    """
     linear = torch.nn.functional.linear
-    return linear(torch.nn.functional.silu(linear(x, gate)) * linear(x, up), down)
+    activated = torch.nn.functional.silu(linear(x, gate, gate_bias)) * linear(x, up, up_bias)
+    return linear(activated, down, down_bias)
 
 
 def rope_inverse_frequencies(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_puzzle.model_configs.formats import BASE_ARCHITECTURES, FAMILIES, ffn_mult_to_width, read_model
-from vllm_puzzle.model_configs.json_values import Json
+from vllm_puzzle.model_configs.json_values import Json, read_object
 from vllm_puzzle.model_configs.schema import Attention, ConfigError, GatedFFN, LayerRecord, LinearMap, ModelRecord, MoE
 
 FORMATS = ("per_layer_config", "anymodel", "deci")
@@ -42,7 +42,7 @@ def convert(argv: Sequence[str]) -> int:
         raise ConfigError(f"model {options.source}: found no config.json, allowed: a model directory")
     if options.target.exists():
         raise ConfigError(f"target {options.target}: found something there, allowed: a new directory")
-    config = convert_config(json.loads(file.read_text()), options.to)
+    config = convert_config(read_object(file), options.to)
     _link_files(options.source, options.target)
     (options.target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     print(f"{options.target}: {len(read_model(config).layers)} layers as {options.to}")

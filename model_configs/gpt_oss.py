@@ -17,9 +17,9 @@ from vllm_puzzle.model_configs.schema import (
     LayerRecord,
     ModelRecord,
     MoE,
+    Shape,
 )
 
-Shape = tuple[int, ...]
 BLOCK_KEYS = ("num_local_experts", "sliding_window")
 
 
@@ -40,10 +40,9 @@ def layer_tensors(model: ModelRecord, layer: LayerRecord) -> dict[str, Shape]:
     assert isinstance(attention, Attention), "read_layers builds nothing else"
     assert isinstance(moe, MoE), "read_layers builds nothing else"
     tensors: dict[str, Shape] = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
-    q_size, kv_size = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
-    for name, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
+    for name, size in (("q", attention.q_size), ("k", attention.kv_size), ("v", attention.kv_size)):
         tensors |= {f"self_attn.{name}_proj.weight": (size, hidden), f"self_attn.{name}_proj.bias": (size,)}
-    tensors |= {"self_attn.o_proj.weight": (hidden, q_size), "self_attn.o_proj.bias": (hidden,)}
+    tensors |= {"self_attn.o_proj.weight": (hidden, attention.q_size), "self_attn.o_proj.bias": (hidden,)}
     experts, width = moe.num_experts, moe.intermediate_size
     return tensors | {
         "self_attn.sinks": (attention.num_heads,),

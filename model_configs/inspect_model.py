@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from vllm_puzzle.model_configs.formats import read_model
+from vllm_puzzle.model_configs.json_values import read_object
 from vllm_puzzle.model_configs.schema import (
     Attention,
     AttentionKind,
-    ConfigError,
     GatedFFN,
     LayerRecord,
     LinearMap,
@@ -22,7 +21,7 @@ from vllm_puzzle.model_configs.schema import (
     MoE,
     PlainFFN,
 )
-from vllm_puzzle.model_configs.tensors import kv_bytes_per_token, layer_tensors, num_parameters
+from vllm_puzzle.model_configs.tensors import kv_bytes_per_token, num_layer_parameters, num_parameters
 
 COLUMNS = ("layers", "attention", "kv_heads", "window", "ffn", "ffn_width", "experts", "params_per_layer")
 # What one cached element takes under vLLM's --kv-cache-dtype names.
@@ -44,15 +43,7 @@ def load_record(model: str | Path) -> ModelRecord:
     """Read a model directory's config.json, or the file itself, into its record."""
     path = Path(model)
     file = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(file.read_text())
-    except OSError as error:
-        raise ConfigError(f"{file}: found {error.strerror}, allowed: a model directory or a config.json") from None
-    except ValueError as error:
-        raise ConfigError(f"{file}: found {error}, allowed: a JSON object") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{file}: found a JSON {type(config).__name__}, allowed: an object")
-    return read_model(config)
+    return read_model(read_object(file))
 
 
 def describe(record: ModelRecord) -> dict[str, Any]:
@@ -106,7 +97,7 @@ def _layer_row(record: ModelRecord, layer: LayerRecord) -> dict[str, Any]:
         "ffn": {GatedFFN: "gated", PlainFFN: "relu2", MoE: "moe", LinearMap: "linear"}.get(type(ffn)),
         "ffn_width": ffn.intermediate_size if isinstance(ffn, GatedFFN | PlainFFN | MoE) else None,
         "experts": f"{ffn.num_experts_per_tok}/{ffn.num_experts}" if isinstance(ffn, MoE) else None,
-        "params_per_layer": sum(prod(shape) for shape in layer_tensors(record, layer).values()),
+        "params_per_layer": num_layer_parameters(record, layer),
     }
 
 

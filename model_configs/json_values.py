@@ -5,14 +5,29 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from vllm_puzzle.model_configs.schema import MAX_SIZE, ConfigError
 
 Json = Mapping[str, Any]
 MAX_SHOWN = 60
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; ConfigError when it cannot be read or is something else."""
+    try:
+        found = json.loads(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"{file}: found {error.strerror}, allowed: a model directory or a config.json") from None
+    except ValueError as error:
+        raise ConfigError(f"{file}: found {error}, allowed: a JSON object") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file}: found a JSON {type(found).__name__}, allowed: an object")
+    return found
 
 
 def refuse(where: str, key: str, found: object, allowed: str) -> ConfigError:

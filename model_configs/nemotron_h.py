@@ -21,9 +21,9 @@ from vllm_puzzle.model_configs.schema import (
     ModelRecord,
     MoE,
     PlainFFN,
+    Shape,
 )
 
-Shape = tuple[int, ...]
 SYMBOLS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 # transformers 5 renames two of them.
 KINDS = {"linear_attention": "mamba", "full_attention": "attention"} | {kind: kind for kind in SYMBOLS.values()}
@@ -45,11 +45,9 @@ def layer_tensors(model: ModelRecord, layer: LayerRecord) -> dict[str, Shape]:
     if isinstance(layer.attention, Mamba2):
         return tensors | _mamba_tensors(hidden, layer.attention)
     if isinstance(layer.attention, Attention):
-        q_size = layer.attention.num_heads * layer.attention.head_dim
-        kv_size = layer.attention.num_kv_heads * layer.attention.head_dim
-        sizes = {"q": q_size, "k": kv_size, "v": kv_size}
+        sizes = {"q": layer.attention.q_size, "k": layer.attention.kv_size, "v": layer.attention.kv_size}
         tensors |= {f"mixer.{name}_proj.weight": (size, hidden) for name, size in sizes.items()}
-        return tensors | {"mixer.o_proj.weight": (hidden, q_size)}
+        return tensors | {"mixer.o_proj.weight": (hidden, layer.attention.q_size)}
     if isinstance(layer.ffn, PlainFFN):
         return tensors | _plain("mixer", hidden, layer.ffn.intermediate_size)
     assert isinstance(layer.ffn, MoE), "read_layers builds nothing else"

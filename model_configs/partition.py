@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
-from math import prod
 
 from vllm_puzzle.model_configs.schema import Attention, ConfigError, LayerRecord, ModelRecord
-from vllm_puzzle.model_configs.tensors import layer_tensors
+from vllm_puzzle.model_configs.tensors import num_layer_parameters
 
 WEIGHT_BYTES = KV_BYTES = 2
 
@@ -23,12 +22,12 @@ def layer_bytes(model: ModelRecord, layer: LayerRecord, num_tokens: int) -> int:
     One number stands for memory, decode time (which reads these bytes once per step) and prefill FLOPs (proportional
     to the weights).
     """
-    weights = WEIGHT_BYTES * sum(prod(shape) for shape in layer_tensors(model, layer).values())
+    weights = WEIGHT_BYTES * num_layer_parameters(model, layer)
     attention = layer.attention
     if not isinstance(attention, Attention):
         return weights
     seen = min(num_tokens, attention.sliding_window or num_tokens)
-    return weights + KV_BYTES * 2 * attention.num_kv_heads * attention.head_dim * seen
+    return weights + KV_BYTES * 2 * attention.kv_size * seen
 
 
 def split_layers(model: ModelRecord, num_stages: int, num_tokens: int | None = None) -> tuple[int, ...]:

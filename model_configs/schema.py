@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+Shape = tuple[int, ...]
+
 # Beyond any published model; a larger number is a mistake, and would only exhaust memory.
 MAX_SIZE, MAX_LAYERS, MAX_EXPERTS = 2**31 - 1, 10_000, 10_000
 
@@ -34,6 +36,16 @@ class Attention:
     num_kv_heads: int
     head_dim: int
     sliding_window: int | None = None
+
+    @property
+    def q_size(self) -> int:
+        """Rows of the query projection."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Rows of the key projection, and of the value projection."""
+        return self.num_kv_heads * self.head_dim
 
     def __post_init__(self) -> None:
         _require_positive("attention", num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)

@@ -11,9 +11,7 @@ from collections.abc import Callable
 from math import prod
 
 from vllm_puzzle.model_configs import gpt_oss, nemotron_h
-from vllm_puzzle.model_configs.schema import Attention, GatedFFN, LayerRecord, LinearMap, ModelRecord, MoE
-
-Shape = tuple[int, ...]
+from vllm_puzzle.model_configs.schema import Attention, GatedFFN, LayerRecord, LinearMap, ModelRecord, MoE, Shape
 
 # Families whose checkpoints do not follow Llama's names.
 TRUNK = dict.fromkeys(("nemotron_h", "nemotron_h_puzzle"), ("backbone", "embeddings", "norm_f"))
@@ -45,6 +43,11 @@ def layer_tensors(model: ModelRecord, layer: LayerRecord) -> dict[str, Shape]:
     return _attention_tensors(model, layer) | _ffn_tensors(model, layer)
 
 
+def num_layer_parameters(model: ModelRecord, layer: LayerRecord) -> int:
+    """Parameters of one layer."""
+    return sum(prod(shape) for shape in layer_tensors(model, layer).values())
+
+
 def num_parameters(model: ModelRecord) -> int:
     """Parameters of the whole model; tied embeddings count once."""
     return sum(prod(shape) for shape in model_tensors(model).values())
@@ -53,7 +56,7 @@ def num_parameters(model: ModelRecord) -> int:
 def kv_bytes_per_token(model: ModelRecord, bytes_per_element: int = 2) -> int:
     """KV-cache bytes that one token takes over all layers, before any window frees them."""
     attentions = (layer.attention for layer in model.layers if isinstance(layer.attention, Attention))
-    return bytes_per_element * sum(2 * spec.num_kv_heads * spec.head_dim for spec in attentions)
+    return bytes_per_element * sum(2 * spec.kv_size for spec in attentions)
 
 
 def _attention_tensors(model: ModelRecord, layer: LayerRecord) -> dict[str, Shape]:
@@ -64,12 +67,11 @@ def _attention_tensors(model: ModelRecord, layer: LayerRecord) -> dict[str, Shap
     if isinstance(attention, LinearMap):
         return tensors | {"self_attn.linear_attn.weight": (hidden, hidden)}
     assert isinstance(attention, Attention), "Mamba is NemotronH's, which has its own table"
-    q_size, kv_size = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
-    for name, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
+    for name, size in (("q", attention.q_size), ("k", attention.kv_size), ("v", attention.kv_size)):
         tensors[f"self_attn.{name}_proj.weight"] = (size, hidden)
         if model.qkv_bias:
             tensors[f"self_attn.{name}_proj.bias"] = (size,)
-    tensors["self_attn.o_proj.weight"] = (hidden, q_size)
+    tensors["self_attn.o_proj.weight"] = (hidden, attention.q_size)
     if model.o_bias:
         tensors["self_attn.o_proj.bias"] = (hidden,)
     if model.qk_norm:

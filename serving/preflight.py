@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_puzzle.model_configs.formats import FAMILIES, read_model
+from vllm_puzzle.model_configs.json_values import read_object
 from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord, MoE, check_tensor_parallel
 from vllm_puzzle.serving.weights import TensorAccount, WeightsError, place
 
@@ -101,7 +102,9 @@ def check(request: Request) -> ModelRecord | None:
             _check_hub(request.model)
             return None
         raise ConfigError(f"model {request.model}: found no such directory, allowed: a model directory or a hub name")
-    config = _read_config(path)
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"model {path}: found no config.json, allowed: a Hugging Face model directory")
+    config = read_object(path / "config.json")
     if request.needs_tokenizer and request.tokenizer is None:
         _check_tokenizer(path)
     record = read_model(config) if config.get("model_type") in FAMILIES else None
@@ -167,19 +170,6 @@ def _check_hub(model: str) -> None:
             f"model {model}: found no copy in the local cache and HF_HUB_OFFLINE is set, allowed: a model directory, "
             "a cached hub name, or network access"
         )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"model {path}: found no config.json, allowed: a Hugging Face model directory") from None
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{file}: found {error}, allowed: a JSON object") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{file}: found a JSON {type(config).__name__}, allowed: an object")
-    return config
 
 
 def _check_tokenizer(path: Path) -> None:

@@ -111,8 +111,9 @@ class ReferenceModel(nn.Module):
         x = self._norm(hidden, f"{prefix}.post_attention_layernorm.weight")
         if isinstance(record.ffn, LinearMap):
             return nn.functional.linear(x, self._tensor(f"{prefix}.mlp.linear_mlp.weight"))
-        gate, up = self._project(x, f"{prefix}.mlp.gate_proj"), self._project(x, f"{prefix}.mlp.up_proj")
-        return self._project(nn.functional.silu(gate) * up, f"{prefix}.mlp.down_proj")
+        projections = [f"{prefix}.mlp.{name}_proj" for name in ("gate", "up", "down")]
+        weights = [self._tensor(f"{name}.weight") for name in projections]
+        return ops.gated_ffn(x, *weights, *(self._bias(name) for name in projections))
 
     def _tensor(self, name: str) -> Tensor:
         return self.tensors[_flat(name)]
@@ -121,8 +122,10 @@ class ReferenceModel(nn.Module):
         return ops.rms_norm(x, self._tensor(name), self.record.rms_norm_eps)
 
     def _project(self, x: Tensor, prefix: str) -> Tensor:
-        bias = self.tensors.get(_flat(f"{prefix}.bias"))
-        return nn.functional.linear(x, self._tensor(f"{prefix}.weight"), bias)
+        return nn.functional.linear(x, self._tensor(f"{prefix}.weight"), self._bias(prefix))
+
+    def _bias(self, prefix: str) -> Tensor | None:
+        return self.tensors.get(_flat(f"{prefix}.bias"))
 
     def _frequencies(self, head_dim: int) -> Tensor:
         rope = self.record.rope

@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord
-from vllm_puzzle.model_configs.tensors import Shape, model_tensors
+from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord, Shape
+from vllm_puzzle.model_configs.tensors import model_tensors
 
 logger = logging.getLogger("vllm.puzzle")
 T = TypeVar("T")

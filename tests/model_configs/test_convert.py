@@ -84,5 +84,8 @@ def test_the_command_links_the_weights_and_leaves_remote_code_behind(
     assert "as anymodel" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="found something there, allowed: a new directory"):
         convert([str(source), str(target), "--to", "deci"])
+    (source / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="allowed: a JSON object"):
+        convert([str(source), str(tmp_path / "new"), "--to", "deci"])
     with pytest.raises(ConfigError, match=r"found no config\.json"):
         convert([str(tmp_path), str(tmp_path / "new"), "--to", "deci"])

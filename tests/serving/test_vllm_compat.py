@@ -54,10 +54,16 @@ def test_the_kv_head_count_is_the_largest_layers_and_survives_a_linear_first_lay
 def test_heterogeneous_experts_are_sent_to_our_class_which_refuses_them() -> None:
     import families
     from transformers import AutoConfig
-    from vllm_puzzle.serving.hf_config import PUZZLE_ARCHITECTURE
+    from vllm_puzzle.model_configs.schema import ConfigError
+    from vllm_puzzle.serving import layers
+    from vllm_puzzle.serving.hf_config import PUZZLE_ARCHITECTURE, model_record
 
     plugin.register()
-    assert AutoConfig.for_model(**families.HETEROGENEOUS_MOE).architectures == [PUZZLE_ARCHITECTURE]
+    config = AutoConfig.for_model(**families.HETEROGENEOUS_MOE)
+    assert config.architectures == [PUZZLE_ARCHITECTURE]
+    record = model_record(config)
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp: found MoE.*allowed: gated FFN"):
+        layers._build_ffn(record, record.layers[0].ffn, None, "model.layers.0.mlp")
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "anymodel", "puzzletron v1"])
