@@ -21,7 +21,7 @@ class PocketModel(ReferenceModel):
 
     def __init__(self, record: ModelRecord) -> None:
         super().__init__(record)
-        self._cache: dict[int, tuple[Tensor, Tensor]] | None = None
+        self._cache: dict[str, tuple[Tensor, Tensor]] | None = None
         self._key_is_real = torch.empty(0, dtype=torch.bool)  # [B, T], the left padding of a cached batch is False
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -40,24 +40,23 @@ class PocketModel(ReferenceModel):
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return nn.functional.rms_norm(x, x.shape[-1:], self._tensor(name), self.record.rms_norm_eps)
 
-    def attention_block(self, index: int, record: LayerRecord, hidden: Tensor) -> Tensor:
+    def attention_block(self, prefix: str, record: LayerRecord, hidden: Tensor) -> Tensor:
         """As in the reference. hidden: [B, T, hidden_size] → the same shape."""
         spec = record.attention
         if not isinstance(spec, Attention):
-            return super().attention_block(index, record, hidden)
-        prefix = f"model.layers.{index}"
+            return super().attention_block(prefix, record, hidden)
         x = self._norm(hidden, f"{prefix}.input_layernorm.weight")
         heads = ((spec.num_heads, "q"), (spec.num_kv_heads, "k"), (spec.num_kv_heads, "v"))
         q, k, v = (
             self._project(x, f"{prefix}.self_attn.{name}_proj").unflatten(-1, (count, spec.head_dim)).transpose(1, 2)
             for count, name in heads
         )
-        past = self._cache[index][0].shape[2] if self._cache and index in self._cache else 0
+        past = self._cache[prefix][0].shape[2] if self._cache and prefix in self._cache else 0
         q, k = self._rotate(q, past), self._rotate(k, past)
         if self._cache is not None:
-            if index in self._cache:
-                k, v = (torch.cat(pair, dim=2) for pair in zip(self._cache[index], (k, v), strict=True))
-            self._cache[index] = (k, v)
+            if prefix in self._cache:
+                k, v = (torch.cat(pair, dim=2) for pair in zip(self._cache[prefix], (k, v), strict=True))
+            self._cache[prefix] = (k, v)
         group = spec.num_heads // spec.num_kv_heads
         if group > 1:
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -82,7 +81,7 @@ class PocketModel(ReferenceModel):
         head_dim, num_tokens = x.shape[-1], x.shape[-2]
         if head_dim not in self._tables:
             positions = torch.arange(self.record.max_position_embeddings).float()
-            angles = positions[:, None] * self._frequencies(head_dim)[None, :]
+            angles = positions[:, None] * self._frequencies(head_dim)[0][None, :]
             self._tables[head_dim] = (angles.cos(), angles.sin())
         cos, sin = (table[past : past + num_tokens] for table in self._tables[head_dim])
         first, second = x.chunk(2, dim=-1)

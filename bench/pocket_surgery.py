@@ -68,7 +68,7 @@ def fit_linear(parent: PocketModel, index: int, inputs: list[tuple[Tensor, Tenso
     """The matrix [hidden, hidden] that best maps the layer's normed input to what its attention adds."""
     rows, wanted = [], []
     for hidden, is_real in inputs:
-        block = parent.attention_block(index, parent.record.layers[index], hidden)
+        block = parent.attention_block(f"model.layers.{index}", parent.record.layers[index], hidden)
         rows.append(normed(parent, f"model.layers.{index}.input_layernorm.weight", hidden)[is_real])
         wanted.append(block[is_real])
     x, y = torch.cat(rows), torch.cat(wanted)
@@ -104,7 +104,7 @@ def channel_importance(
     """Root mean square of each FFN channel's activation times the length of its output column: [intermediate_size]."""
     squares, count = torch.zeros(own["mlp.gate_proj.weight"].shape[0]), 0
     for hidden, is_real in inputs:
-        after_attention = hidden + parent.attention_block(index, parent.record.layers[index], hidden)
+        after_attention = hidden + parent.attention_block(f"model.layers.{index}", parent.record.layers[index], hidden)
         x = normed(parent, f"model.layers.{index}.post_attention_layernorm.weight", after_attention)[is_real]
         gate, up = x @ own["mlp.gate_proj.weight"].T, x @ own["mlp.up_proj.weight"].T
         squares += (nn.functional.silu(gate) * up).square().sum(0)

@@ -7,6 +7,7 @@ input's dtype where Hugging Face rounds, so that float32 results can be compared
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -59,18 +60,56 @@ def rope_inverse_frequencies(
     return (1 - smooth) * inverse / factor + smooth * inverse
 
 
-def apply_rope(x: Tensor, positions: Tensor, inverse_frequencies: Tensor) -> Tensor:
-    """Rotate halves (NeoX layout). x: [..., T, H, D], positions: [T] → [..., T, H, D]."""
+def yarn_frequencies(
+    head_dim: int,
+    theta: float,
+    factor: float,
+    original_max_position: int,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    attention_factor: float | None = None,
+    truncate: bool = True,
+) -> tuple[Tensor, float]:
+    """YaRN (Peng et al. 2023, §3.2–3.4): inverse frequencies [head_dim / 2] and the factor on cos and sin.
+
+    Dimensions that turn more than `beta_fast` times over the original length stay, those below `beta_slow` turns are
+    divided by `factor`, a linear ramp lies between; `truncate` rounds its ends outwards (gpt-oss does not).
+    """
+    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+
+    def dimension(turns: float) -> float:
+        return head_dim * math.log(original_max_position / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(beta_fast), dimension(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    ramp = ramp.clamp(0, 1)
+    scale = attention_factor if attention_factor is not None else 0.1 * math.log(max(factor, 1.0)) + 1.0
+    return inverse / factor * ramp + inverse * (1 - ramp), scale
+
+
+def apply_rope(x: Tensor, positions: Tensor, inverse_frequencies: Tensor, scale: float = 1.0) -> Tensor:
+    """Rotate halves (NeoX layout), cos and sin times `scale`. x: [..., T, H, D], positions: [T] → [..., T, H, D]."""
     angles = positions.float()[:, None] * inverse_frequencies[None, :]
-    cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
+    cos, sin = (scale * angles.cos())[:, None].to(x.dtype), (scale * angles.sin())[:, None].to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sliding_window: int | None = None,
+    sinks: Tensor | None = None,
+    num_sink_tokens: int = 0,
+) -> Tensor:
     """Causal attention of each sequence with itself; query head h reads KV head h // (H / KV).
 
-    q: [..., T, H, D], k, v: [..., T, KV, D] → [..., T, H, D]. A window of w sees keys t − w + 1 … t.
+    q: [..., T, H, D], k, v: [..., T, KV, D] → [..., T, H, D]. A window of w sees keys t − w + 1 … t, and with
+    `num_sink_tokens` the first keys too. sinks: [H], one logit per head that takes part in the softmax only.
     """
     num_tokens, num_heads, head_dim = q.shape[-3:]
     group = num_heads // k.shape[-2]
@@ -80,6 +119,53 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None = None
     distance = steps[:, None] - steps[None, :]
     is_hidden = distance < 0
     if sliding_window is not None:
-        is_hidden = is_hidden | (distance >= sliding_window)
-    scores = scores.masked_fill(is_hidden, float("-inf"))
-    return torch.einsum("...hqk,...khd->...qhd", scores.float().softmax(-1).to(q.dtype), v)
+        is_hidden = is_hidden | ((distance >= sliding_window) & (steps[None, :] >= num_sink_tokens))
+    scores = scores.masked_fill(is_hidden, float("-inf")).float()
+    if sinks is not None:
+        column = sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, column), dim=-1)
+    weights = scores.softmax(-1)[..., :num_tokens]
+    return torch.einsum("...hqk,...khd->...qhd", weights.to(q.dtype), v)
+
+
+def route(logits: Tensor, top_k: int, routing: str) -> tuple[Tensor, Tensor]:
+    """Router logits [N, E] → (weights, experts), both [N, top_k]. `routing` as in `model_configs/schema.ROUTINGS`."""
+    if routing == "softmax":
+        weights, experts = logits.float().softmax(-1).topk(top_k, dim=-1)
+        return weights, experts
+    chosen, experts = logits.float().topk(top_k, dim=-1)
+    return (chosen.softmax(-1) if routing == "renormalize" else chosen.sigmoid()), experts
+
+
+def moe(x: Tensor, weights: Tensor, experts: Tensor, run: Callable[[int, Tensor], Tensor], on_input: bool) -> Tensor:
+    """Sum of the chosen experts' outputs. x: [N, D], weights, experts: [N, K] → [N, D].
+
+    `run(e, rows)` applies expert e to rows [n, D]. A weight scales the expert's input where `on_input`, else its
+    output.
+    """
+    output = torch.zeros_like(x)
+    for expert in experts.unique().tolist():
+        rows, slots = (experts == expert).nonzero(as_tuple=True)
+        weight = weights[rows, slots, None].to(x.dtype)
+        result = run(expert, x[rows] * weight) if on_input else run(expert, x[rows]) * weight
+        output.index_add_(0, rows, result)
+    return output
+
+
+def swiglu_oai(gate_up: Tensor, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
+    """gpt-oss's clamped activation (Hugging Face `GptOssExperts`): columns alternate gate, up. [..., 2F] → [..., F]."""
+    gate, up = gate_up[..., ::2].clamp(max=limit), gate_up[..., 1::2].clamp(-limit, limit)
+    return (up + 1) * gate * torch.sigmoid(alpha * gate)
+
+
+# The 16 values of FP4 E2M1, by code; the high bit is the sign (OCP Microscaling Formats 1.0, §5.3.3).
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def mxfp4_dequantize(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """MXFP4 → `dtype`. blocks: [..., G, 16] uint8, two values to a byte, low half first; scales: [..., G] uint8, a
+    power of two with bias 127 (E8M0) → [..., 32 · G]. Exact in bfloat16 and float32.
+    """
+    values = torch.tensor(FP4_VALUES, dtype=torch.float32, device=blocks.device)
+    pairs = torch.stack((values[(blocks & 15).long()], values[(blocks >> 4).long()]), dim=-1).flatten(-2)
+    return torch.ldexp(pairs, scales.int()[..., None] - 127).flatten(-2).to(dtype)

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_puzzle.model_configs.formats import BASE_ARCHITECTURES, FAMILIES, ffn_mult_to_width, read_model
+from vllm_puzzle.model_configs.decilm import ffn_mult_to_width
+from vllm_puzzle.model_configs.formats import BASE_ARCHITECTURES, FAMILIES, read_model
 from vllm_puzzle.model_configs.json_values import Json, read_object
 from vllm_puzzle.model_configs.schema import Attention, ConfigError, GatedFFN, LayerRecord, LinearMap, ModelRecord, MoE
 

@@ -1,51 +1,85 @@
-"""gpt-oss and gpt-oss-puzzle: reading the configuration, and the tensors it implies.
+"""gpt-oss and gpt-oss-puzzle: the flat `block_configs`, and the tensors of a checkpoint.
 
 gpt-oss-puzzle-88B differs from its parent in two per-layer numbers, `num_local_experts` and `sliding_window`, which
-its `block_configs` list (NVIDIA's published shape; no `block_type` key). Not served yet. Standard library only.
+its `block_configs` list (NVIDIA's published shape; no `block_type` key). Everything else is read as for any family
+(`per_layer.py`). Standard library only.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from vllm_puzzle.model_configs.json_values import Json, integer, known_keys, optional_integer, refuse, strings
-from vllm_puzzle.model_configs.schema import (
-    MAX_EXPERTS,
-    MAX_LAYERS,
-    Attention,
-    ConfigError,
-    LayerRecord,
-    ModelRecord,
-    MoE,
-    Shape,
-)
+from vllm_puzzle.model_configs.json_values import Json, known_keys, optional_integer, refuse
+from vllm_puzzle.model_configs.per_layer import GPT_OSS
+from vllm_puzzle.model_configs.schema import MAX_EXPERTS, Attention, ConfigError, LayerRecord, ModelRecord, MoE, Shape
 
 BLOCK_KEYS = ("num_local_experts", "sliding_window")
+MXFP4_BLOCK = 32  # values that share one scale, two to a byte
 
 
-def read_layers(config: Json) -> tuple[LayerRecord, ...]:
-    """One record per layer: attention with learned sinks, and experts with biases."""
-    num_layers = integer("model", config, "num_hidden_layers", MAX_LAYERS)
+def has_flat_blocks(config: Json) -> bool:
+    """Whether `block_configs` is gpt-oss-puzzle's (puzzletron v1 and v2 entries hold objects)."""
     blocks = config.get("block_configs")
-    if blocks is None:
-        blocks = [{"sliding_window": window} for window in _windows(config, num_layers)]
+    if config["model_type"] not in GPT_OSS or not isinstance(blocks, list | tuple):
+        return config["model_type"] in GPT_OSS
+    return not any(isinstance(block, dict) and block.keys() & {"attention", "ffn"} for block in blocks)
+
+
+def read_overrides(config: Json) -> dict[int, dict[str, Any]]:
+    """Per layer the expert count and the window, null for full attention."""
+    blocks, num_layers = config["block_configs"], config.get("num_hidden_layers")
     if not isinstance(blocks, list | tuple) or len(blocks) != num_layers:
         raise refuse("model", "block_configs", blocks, f"a list of num_hidden_layers = {num_layers} objects")
-    return tuple(_layer(config, block, f"layer {index}") for index, block in enumerate(blocks))
+    return {index: _block(block, f"layer {index}") for index, block in enumerate(blocks)}
+
+
+def _block(block: Any, where: str) -> dict[str, Any]:
+    if not isinstance(block, dict):
+        raise ConfigError(f"{where}: found {block!r}, allowed: an object with {', '.join(BLOCK_KEYS)}")
+    known_keys(where, block, BLOCK_KEYS)
+    overrides: dict[str, Any] = {"sliding_window": optional_integer(where, block, "sliding_window")}
+    if block.get("num_local_experts") is not None:
+        overrides["num_local_experts"] = optional_integer(where, block, "num_local_experts", MAX_EXPERTS)
+    return overrides
 
 
 def layer_tensors(model: ModelRecord, layer: LayerRecord) -> dict[str, Shape]:
     """Tensors of one layer in the bf16 layout, relative to the layer; experts are stacked, their biases too."""
-    hidden, attention, moe = model.hidden_size, layer.attention, layer.ffn
-    assert isinstance(attention, Attention), "read_layers builds nothing else"
-    assert isinstance(moe, MoE), "read_layers builds nothing else"
-    tensors: dict[str, Shape] = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+    hidden, tensors = model.hidden_size, dict[str, Shape]()
+    if isinstance(layer.attention, Attention):
+        tensors |= {"input_layernorm.weight": (hidden,)} | _attention_tensors(hidden, layer.attention)
+    if isinstance(layer.ffn, MoE):
+        tensors |= {"post_attention_layernorm.weight": (hidden,)} | _expert_tensors(hidden, layer.ffn)
+    return tensors
+
+
+def mxfp4_tensors(tensors: dict[str, Shape]) -> dict[str, Shape]:
+    """The same layer as stored in MXFP4: an expert matrix [E, in, out] becomes blocks [E, out, in / 32, 16] of packed
+    4-bit values and scales [E, out, in / 32]. Raises ConfigError where `in` is no multiple of 32.
+    """
+    stored: dict[str, Shape] = {}
+    for name, shape in tensors.items():
+        if len(shape) != 3:
+            stored[name] = shape
+            continue
+        experts, size_in, size_out = shape
+        if size_in % MXFP4_BLOCK:
+            raise ConfigError(f"moe, tensor `{name}`: found {size_in} inputs, allowed: a multiple of 32 (MXFP4)")
+        scales = (experts, size_out, size_in // MXFP4_BLOCK)
+        stored |= {f"{name}_blocks": (*scales, MXFP4_BLOCK // 2), f"{name}_scales": scales}
+    return stored
+
+
+def _attention_tensors(hidden: int, attention: Attention) -> dict[str, Shape]:
+    tensors: dict[str, Shape] = {"self_attn.sinks": (attention.num_heads,)}
     for name, size in (("q", attention.q_size), ("k", attention.kv_size), ("v", attention.kv_size)):
         tensors |= {f"self_attn.{name}_proj.weight": (size, hidden), f"self_attn.{name}_proj.bias": (size,)}
-    tensors |= {"self_attn.o_proj.weight": (hidden, attention.q_size), "self_attn.o_proj.bias": (hidden,)}
+    return tensors | {"self_attn.o_proj.weight": (hidden, attention.q_size), "self_attn.o_proj.bias": (hidden,)}
+
+
+def _expert_tensors(hidden: int, moe: MoE) -> dict[str, Shape]:
     experts, width = moe.num_experts, moe.intermediate_size
-    return tensors | {
-        "self_attn.sinks": (attention.num_heads,),
+    return {
         "mlp.router.weight": (experts, hidden),
         "mlp.router.bias": (experts,),
         "mlp.experts.gate_up_proj": (experts, hidden, 2 * width),
@@ -53,32 +87,3 @@ def layer_tensors(model: ModelRecord, layer: LayerRecord) -> dict[str, Shape]:
         "mlp.experts.down_proj": (experts, width, hidden),
         "mlp.experts.down_proj_bias": (experts, hidden),
     }
-
-
-def _windows(config: Json, num_layers: int) -> list[int | None]:
-    """Hugging Face's `layer_types`; without them, every even layer has the window."""
-    window = optional_integer("model", config, "sliding_window")
-    kinds = strings("model", config, "layer_types")
-    if kinds and len(kinds) != num_layers:
-        raise refuse("model", "layer_types", kinds, f"{num_layers} entries")
-    is_windowed = [kind == "sliding_attention" for kind in kinds] or [index % 2 == 0 for index in range(num_layers)]
-    return [window if windowed else None for windowed in is_windowed]
-
-
-def _layer(config: Json, block: Any, where: str) -> LayerRecord:
-    if not isinstance(block, dict):
-        raise ConfigError(f"{where}: found {block!r}, allowed: an object with {', '.join(BLOCK_KEYS)}")
-    known_keys(where, block, BLOCK_KEYS)
-    experts = optional_integer(where, block, "num_local_experts", MAX_EXPERTS)
-    attention = Attention(
-        integer("model", config, "num_attention_heads"),
-        integer("model", config, "num_key_value_heads"),
-        integer("model", config, "head_dim"),
-        optional_integer(where, block, "sliding_window"),
-    )
-    moe = MoE(
-        experts or integer("model", config, "num_local_experts", MAX_EXPERTS),
-        integer("model", config, "num_experts_per_tok", MAX_EXPERTS),
-        integer("model", config, "intermediate_size"),
-    )
-    return LayerRecord(attention, moe)

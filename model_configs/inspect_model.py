@@ -53,7 +53,7 @@ def describe(record: ModelRecord) -> dict[str, Any]:
         "model_type": record.model_type,
         "is_heterogeneous": record.is_heterogeneous,
         "num_layers": len(record.layers),
-        "num_attention_layers": sum(isinstance(layer.attention, Attention) for layer in record.layers),
+        "num_attention_layers": len(record.attentions),
         "hidden_size": record.hidden_size,
         "vocab_size": record.vocab_size,
         "num_parameters": num_parameters(record),
@@ -78,7 +78,7 @@ def format_table(record: ModelRecord) -> str:
     title = (
         f"{record.architecture} ({record.model_type}), {kind}, {len(record.layers)} layers, hidden {record.hidden_size}"
     )
-    attentions = sum(isinstance(layer.attention, Attention) for layer in record.layers)
+    attentions = len(record.attentions)
     kv = ", ".join(f"{kv_bytes_per_token(record, size):,} {dtype}" for dtype, size in KV_DTYPE_BYTES.items())
     totals = [
         f"attention layers   {attentions}",
@@ -90,6 +90,10 @@ def format_table(record: ModelRecord) -> str:
 
 def _layer_row(record: ModelRecord, layer: LayerRecord) -> dict[str, Any]:
     attention, ffn = layer.attention, layer.ffn
+    if layer.parallel:
+        rows = [_layer_row(record, block) for block in layer.parallel]
+        joined = {key: " + ".join("-" if row[key] is None else str(row[key]) for row in rows) for key in rows[0]}
+        return joined | {"params_per_layer": num_layer_parameters(record, layer)}
     return {
         "attention": _attention_kind(attention),
         "kv_heads": attention.num_kv_heads if isinstance(attention, Attention) else None,
@@ -103,7 +107,8 @@ def _layer_row(record: ModelRecord, layer: LayerRecord) -> dict[str, Any]:
 
 def _attention_kind(attention: AttentionKind) -> str | None:
     if isinstance(attention, Attention):
-        return "full" if attention.sliding_window is None else "window"
+        kind = "full" if attention.sliding_window is None else "window"
+        return f"{kind} + {attention.num_sink_tokens} sinks" if attention.num_sink_tokens else kind
     return {LinearMap: "linear", Mamba2: "mamba2"}.get(type(attention))
 
 

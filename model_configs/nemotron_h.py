@@ -43,7 +43,7 @@ def layer_tensors(model: ModelRecord, layer: LayerRecord) -> dict[str, Shape]:
     hidden = model.hidden_size
     tensors: dict[str, Shape] = {"norm.weight": (hidden,)}
     if isinstance(layer.attention, Mamba2):
-        return tensors | _mamba_tensors(hidden, layer.attention)
+        return tensors | {f"mixer.{name}": shape for name, shape in mamba_tensors(hidden, layer.attention).items()}
     if isinstance(layer.attention, Attention):
         sizes = {"q": layer.attention.q_size, "k": layer.attention.kv_size, "v": layer.attention.kv_size}
         tensors |= {f"mixer.{name}_proj.weight": (size, hidden) for name, size in sizes.items()}
@@ -54,18 +54,19 @@ def layer_tensors(model: ModelRecord, layer: LayerRecord) -> dict[str, Shape]:
     return tensors | _moe_tensors(hidden, layer.ffn)
 
 
-def _mamba_tensors(hidden: int, mamba: Mamba2) -> dict[str, Shape]:
+def mamba_tensors(hidden: int, mamba: Mamba2) -> dict[str, Shape]:
+    """Tensors of one Mamba-2 mixer (Megatron's and Hugging Face's names agree)."""
     inner = mamba.num_heads * mamba.head_dim
     conv = inner + 2 * mamba.num_groups * mamba.state_size
     return {
-        "mixer.in_proj.weight": (inner + conv + mamba.num_heads, hidden),
-        "mixer.conv1d.weight": (conv, 1, mamba.conv_kernel),
-        "mixer.conv1d.bias": (conv,),
-        "mixer.A_log": (mamba.num_heads,),
-        "mixer.D": (mamba.num_heads,),
-        "mixer.dt_bias": (mamba.num_heads,),
-        "mixer.norm.weight": (inner,),
-        "mixer.out_proj.weight": (hidden, inner),
+        "in_proj.weight": (inner + conv + mamba.num_heads, hidden),
+        "conv1d.weight": (conv, 1, mamba.conv_kernel),
+        "conv1d.bias": (conv,),
+        "A_log": (mamba.num_heads,),
+        "D": (mamba.num_heads,),
+        "dt_bias": (mamba.num_heads,),
+        "norm.weight": (inner,),
+        "out_proj.weight": (hidden, inner),
     }
 
 
@@ -102,6 +103,13 @@ def _blocks(config: Json) -> list[tuple[str, Json]]:
     if not names:
         raise refuse("model", "hybrid_override_pattern", None, "a pattern, or `layers_block_type`, or `block_configs`")
     return [(_kind(name, index), {}) for index, name in enumerate(names)]
+
+
+def block_types(blocks: list[Any]) -> list[str]:
+    """Puzzle-75B's layer kinds in transformers' words."""
+    names = {"mamba": "linear_attention", "attention": "full_attention"}
+    kinds = [_kind(block.get("block_type") if isinstance(block, dict) else None, i) for i, block in enumerate(blocks)]
+    return [names.get(kind, kind) for kind in kinds]
 
 
 def _kind(name: Any, index: int) -> str:

@@ -22,12 +22,12 @@ def layer_bytes(model: ModelRecord, layer: LayerRecord, num_tokens: int) -> int:
     One number stands for memory, decode time (which reads these bytes once per step) and prefill FLOPs (proportional
     to the weights).
     """
-    weights = WEIGHT_BYTES * num_layer_parameters(model, layer)
-    attention = layer.attention
-    if not isinstance(attention, Attention):
-        return weights
-    seen = min(num_tokens, attention.sliding_window or num_tokens)
-    return weights + KV_BYTES * 2 * attention.kv_size * seen
+    total = WEIGHT_BYTES * num_layer_parameters(model, layer)
+    for block in layer.blocks:
+        if isinstance(block.attention, Attention):
+            seen = min(num_tokens, block.attention.sliding_window or num_tokens)
+            total += KV_BYTES * 2 * block.attention.kv_size * seen
+    return total
 
 
 def split_layers(model: ModelRecord, num_stages: int, num_tokens: int | None = None) -> tuple[int, ...]:

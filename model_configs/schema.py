@@ -29,13 +29,17 @@ def _require_positive(owner: str, **sizes: int) -> None:
 class Attention:
     """Causal self-attention with rotary positions.
 
-    `sliding_window` counts the tokens a query sees, itself included; None sees all.
+    `sliding_window` counts the tokens a query sees, itself included; None sees all. With `num_sink_tokens` it sees the
+    first tokens of the sequence too (StreamingLLM, at their own positions). `has_sinks`: one learned logit per query
+    head joins the softmax and adds nothing (gpt-oss).
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     sliding_window: int | None = None
+    has_sinks: bool = False
+    num_sink_tokens: int = 0
 
     @property
     def q_size(self) -> int:
@@ -58,6 +62,10 @@ class Attention:
             raise ConfigError(f"attention, key `head_dim`: found {self.head_dim}, allowed: an even number (rotary)")
         if self.sliding_window is not None:
             _require_positive("attention", sliding_window=self.sliding_window)
+        if self.num_sink_tokens and self.sliding_window is None:
+            raise ConfigError(
+                f"attention, key `num_sink_tokens`: found {self.num_sink_tokens} without a window, allowed: null"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +109,7 @@ class MoE:
     """Routed FFNs: `num_experts` of width `intermediate_size`, `num_experts_per_tok` of them per token.
 
     A shared expert of its own width sees every token (0: none); with `latent_size` the routed ones work in that size.
+    `routing` says how the router's logits become weights (see the constants below).
     """
 
     num_experts: int
@@ -108,6 +117,7 @@ class MoE:
     intermediate_size: int
     shared_intermediate_size: int = 0
     latent_size: int | None = None
+    routing: str = "renormalize"
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -123,6 +133,10 @@ class MoE:
             )
 
 
+# Softmax over all experts; the chosen ones' weights are used as they are, or divided by their sum (which equals a
+# softmax over the chosen logits); or the sigmoid of each chosen logit, which scales the expert's input (DeciLM).
+ROUTINGS = ("softmax", "renormalize", "sigmoid_on_input")
+
 AttentionKind = Attention | Mamba2 | LinearMap | None
 FFNKind = GatedFFN | PlainFFN | MoE | LinearMap | None
 
@@ -131,11 +145,18 @@ FFNKind = GatedFFN | PlainFFN | MoE | LinearMap | None
 class LayerRecord:
     """What one decoder layer computes: `x += attention(norm(x))`, then `x += ffn(norm(x))`.
 
-    None leaves the sub-block out whole: no norm, no residual addition, no KV cache.
+    None leaves the sub-block out whole: no norm, no residual addition, no KV cache. A layer of `parallel` blocks has
+    neither of its own: each block reads the same x, and what they add is summed (DeciLM `parallel_blocks`).
     """
 
     attention: AttentionKind
     ffn: FFNKind
+    parallel: tuple[LayerRecord, ...] = ()
+
+    @property
+    def blocks(self) -> tuple[LayerRecord, ...]:
+        """The blocks that hold sub-blocks: the parallel ones, or the layer itself."""
+        return self.parallel or (self,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +169,10 @@ class Rope:
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     original_max_position_embeddings: int | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +193,7 @@ class ModelRecord:
     mlp_bias: bool = False
     qk_norm: bool = False
     dtype: str = "bfloat16"
+    is_mxfp4: bool = False  # the experts are stored in MXFP4 blocks (gpt-oss)
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -178,6 +204,12 @@ class ModelRecord:
         )
         if not self.layers:
             raise ConfigError("model, key `num_hidden_layers`: found 0, allowed: at least 1")
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """The attention of every block that has one, in layer order."""
+        blocks = (block for layer in self.layers for block in layer.blocks)
+        return tuple(block.attention for block in blocks if isinstance(block.attention, Attention))
 
     @property
     def is_heterogeneous(self) -> bool:
@@ -191,13 +223,19 @@ class ModelRecord:
 def check_tensor_parallel(model: ModelRecord, tp_size: int) -> None:
     """Raise ConfigError, naming the layer, when a sub-block cannot be split over `tp_size` ranks."""
     for index, layer in enumerate(model.layers):
-        where = f"layer {index}"
-        if isinstance(layer.attention, Attention):
-            check_heads(layer.attention, tp_size, f"{where}, attention")
-        if LinearMap() in (layer.attention, layer.ffn):
-            check_divides("hidden_size", model.hidden_size, tp_size, f"{where}, linear map")
-        if isinstance(layer.ffn, GatedFFN):
-            check_divides("intermediate_size", layer.ffn.intermediate_size, tp_size, f"{where}, ffn")
+        for block in layer.blocks:
+            _check_block(model, block, tp_size, f"layer {index}")
+
+
+def _check_block(model: ModelRecord, block: LayerRecord, tp_size: int, where: str) -> None:
+    if isinstance(block.attention, Attention):
+        check_heads(block.attention, tp_size, f"{where}, attention")
+    if LinearMap() in (block.attention, block.ffn):
+        check_divides("hidden_size", model.hidden_size, tp_size, f"{where}, linear map")
+    if isinstance(block.ffn, GatedFFN):
+        check_divides("intermediate_size", block.ffn.intermediate_size, tp_size, f"{where}, ffn")
+    if isinstance(block.ffn, MoE):
+        check_divides("moe_intermediate_size", block.ffn.intermediate_size, tp_size, f"{where}, moe")
 
 
 def check_heads(spec: Attention, tp_size: int, where: str) -> None:
@@ -220,5 +258,5 @@ def check_divides(key: str, value: int, tp_size: int, where: str) -> None:
 
 def _without_window(layer: LayerRecord) -> LayerRecord:
     if isinstance(layer.attention, Attention):
-        return replace(layer, attention=replace(layer.attention, sliding_window=None))
+        return replace(layer, attention=replace(layer.attention, sliding_window=None, num_sink_tokens=0))
     return layer

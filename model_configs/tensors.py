@@ -11,7 +11,7 @@ from collections.abc import Callable
 from math import prod
 
 from vllm_puzzle.model_configs import gpt_oss, nemotron_h
-from vllm_puzzle.model_configs.schema import Attention, GatedFFN, LayerRecord, LinearMap, ModelRecord, MoE, Shape
+from vllm_puzzle.model_configs.schema import GatedFFN, LayerRecord, LinearMap, Mamba2, ModelRecord, MoE, Shape
 
 # Families whose checkpoints do not follow Llama's names.
 TRUNK = dict.fromkeys(("nemotron_h", "nemotron_h_puzzle"), ("backbone", "embeddings", "norm_f"))
@@ -23,13 +23,18 @@ FAMILY_TENSORS: dict[str, Callable[[ModelRecord, LayerRecord], dict[str, Shape]]
 }
 
 
-def model_tensors(model: ModelRecord) -> dict[str, Shape]:
-    """All tensors of a checkpoint of `model`, by name, with their shapes (out × in for matrices)."""
+def model_tensors(model: ModelRecord, as_stored: bool = False) -> dict[str, Shape]:
+    """All tensors of a checkpoint of `model`, by name, with their shapes (out × in for matrices).
+
+    `as_stored` gives MXFP4 experts as the file holds them, otherwise as the matrices that they stand for.
+    """
     hidden = model.hidden_size
     trunk, embedding, norm = TRUNK.get(model.model_type, ("model", "embed_tokens", "norm"))
     tensors: dict[str, Shape] = {f"{trunk}.{embedding}.weight": (model.vocab_size, hidden)}
     for index, layer in enumerate(model.layers):
-        tensors |= {f"{trunk}.layers.{index}.{name}": shape for name, shape in layer_tensors(model, layer).items()}
+        own = layer_tensors(model, layer)
+        own = gpt_oss.mxfp4_tensors(own) if as_stored and model.is_mxfp4 else own
+        tensors |= {f"{trunk}.layers.{index}.{name}": shape for name, shape in own.items()}
     tensors[f"{trunk}.{norm}.weight"] = (hidden,)
     if not model.tie_word_embeddings:
         tensors["lm_head.weight"] = (model.vocab_size, hidden)
@@ -38,6 +43,12 @@ def model_tensors(model: ModelRecord) -> dict[str, Shape]:
 
 def layer_tensors(model: ModelRecord, layer: LayerRecord) -> dict[str, Shape]:
     """The tensors of one layer, named relative to the layer. A no-op sub-block has none, its norm included."""
+    if layer.parallel:
+        return {
+            f"parallel_blocks.{index}.{name}": shape
+            for index, block in enumerate(layer.parallel)
+            for name, shape in layer_tensors(model, block).items()
+        }
     if model.model_type in FAMILY_TENSORS:
         return FAMILY_TENSORS[model.model_type](model, layer)
     return _attention_tensors(model, layer) | _ffn_tensors(model, layer)
@@ -55,8 +66,7 @@ def num_parameters(model: ModelRecord) -> int:
 
 def kv_bytes_per_token(model: ModelRecord, bytes_per_element: int = 2) -> int:
     """KV-cache bytes that one token takes over all layers, before any window frees them."""
-    attentions = (layer.attention for layer in model.layers if isinstance(layer.attention, Attention))
-    return bytes_per_element * sum(2 * spec.kv_size for spec in attentions)
+    return bytes_per_element * sum(2 * spec.kv_size for spec in model.attentions)
 
 
 def _attention_tensors(model: ModelRecord, layer: LayerRecord) -> dict[str, Shape]:
@@ -66,7 +76,9 @@ def _attention_tensors(model: ModelRecord, layer: LayerRecord) -> dict[str, Shap
     tensors: dict[str, Shape] = {"input_layernorm.weight": (hidden,)}
     if isinstance(attention, LinearMap):
         return tensors | {"self_attn.linear_attn.weight": (hidden, hidden)}
-    assert isinstance(attention, Attention), "Mamba is NemotronH's, which has its own table"
+    if isinstance(attention, Mamba2):
+        mixer = nemotron_h.mamba_tensors(hidden, attention)
+        return tensors | {f"self_attn.mamba_mixer.{name}": shape for name, shape in mixer.items()}
     for name, size in (("q", attention.q_size), ("k", attention.kv_size), ("v", attention.kv_size)):
         tensors[f"self_attn.{name}_proj.weight"] = (size, hidden)
         if model.qkv_bias:
@@ -89,9 +101,12 @@ def _ffn_tensors(model: ModelRecord, layer: LayerRecord) -> dict[str, Shape]:
     if isinstance(ffn, GatedFFN):
         return tensors | _gated_tensors("mlp", hidden, ffn.intermediate_size, model.mlp_bias)
     assert isinstance(ffn, MoE), "every FFN kind has its tensors here"
-    tensors["mlp.gate.weight"] = (ffn.num_experts, hidden)
+    is_deci = model.model_type == "nemotron-nas"
+    tensors[f"mlp.{'router' if is_deci else 'gate'}.weight"] = (ffn.num_experts, hidden)
     for expert in range(ffn.num_experts):
-        tensors |= _gated_tensors(f"mlp.experts.{expert}", hidden, ffn.intermediate_size, model.mlp_bias)
+        tensors |= _gated_tensors(f"mlp.experts.{expert}", hidden, ffn.intermediate_size, is_deci and model.mlp_bias)
+    if ffn.shared_intermediate_size:
+        tensors |= _gated_tensors("mlp.shared_expert", hidden, ffn.shared_intermediate_size, model.mlp_bias)
     return tensors
 
 

@@ -1,19 +1,35 @@
 """Hugging Face configuration classes for heterogeneous checkpoints, so that no remote code is needed.
 
-`nemotron-nas` has no class in transformers; Llama, Mistral, Qwen2 and Qwen3 have one, but vLLM's model classes fail on
-them once the layers differ. A homogeneous checkpoint passes through unchanged and keeps vLLM's class and speed.
+`nemotron-nas`, `gpt_oss_puzzle` and `nemotron_h_puzzle` have no class in transformers; Llama, Mistral, Qwen and gpt-oss
+have one, but vLLM's model classes fail on them once the layers differ. A homogeneous checkpoint passes through
+unchanged and keeps vLLM's class and speed.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
-from vllm_puzzle.model_configs.formats import global_window, read_model
-from vllm_puzzle.model_configs.schema import ModelRecord
+from transformers import (
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    NemotronHConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+from vllm_puzzle.model_configs.formats import read_model
+from vllm_puzzle.model_configs.nemotron_h import block_types
+from vllm_puzzle.model_configs.per_layer import GPT_OSS, global_window
+from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord, MoE
+from vllm_puzzle.serving.servable import is_ours
 
 PUZZLE_ARCHITECTURE = "PuzzleForCausalLM"
+# A name of its own: vLLM sets gpt-oss's defaults (parser, quantization, graph sizes) by architecture.
+GPT_OSS_ARCHITECTURE = "GptOssPuzzleForCausalLM"
 
 
 @strict
@@ -47,14 +63,17 @@ class MaybeHeterogeneous:
         if per_layer_config:
             per_layer_config = self._spread_window(per_layer_config, kwargs)
         super().__post_init__(per_layer_config=per_layer_config, **kwargs)  # type: ignore[misc]
-        is_any_model = self.architectures == ["AnyModel"]
-        if not (per_layer_config or block_configs is not None or is_any_model):
+        if not (per_layer_config or block_configs is not None or self.architectures == ["AnyModel"]):
             return
         if per_layer_config:
             # vLLM reads some of these globally; our classes read them from the records only.
             self.allow_global_per_layer_attribute_access = True
-        if model_record(self).is_heterogeneous or is_any_model:
-            self.architectures = [PUZZLE_ARCHITECTURE]
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """Name our class where the records need it."""
+        if is_ours(model_record(self)):
+            self.architectures = [GPT_OSS_ARCHITECTURE if self.model_type in GPT_OSS else PUZZLE_ARCHITECTURE]
 
     def _spread_window(self, per_layer_config: Any, kwargs: dict[str, Any]) -> dict[int, Any]:
         """Give every layer its window by name: vLLM would put a global value on every layer (CacheConfig)."""
@@ -99,9 +118,74 @@ class PuzzleQwen3Config(MaybeHeterogeneous, Qwen3Config):
 
 @strict
 class PuzzleQwen3MoeConfig(MaybeHeterogeneous, Qwen3MoeConfig):
-    """Qwen3-MoE: a heterogeneous one is refused by our class, where vLLM's would run skipped layers on no weights."""
+    """Qwen3-MoE, possibly heterogeneous."""
 
     model_type = "qwen3_moe"
+
+
+@strict
+class PuzzleGptOssConfig(MaybeHeterogeneous, GptOssConfig):
+    """gpt-oss, possibly heterogeneous; ours too where `layer_types` is not every other layer, which vLLM assumes."""
+
+    model_type = "gpt_oss"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Read what transformers reads, then see whose class fits."""
+        given = {**(_rope(self) or {}), **(kwargs.get("rope_scaling") or {})}
+        super().__post_init__(**kwargs)
+        if given:  # transformers lets its default win over an older file's `rope_scaling`
+            self.rope_parameters = {**(_rope(self) or {}), **given}
+        if self.model_type == "gpt_oss" or hasattr(self, "block_configs"):
+            self._take_over()
+
+
+@strict
+class GptOssPuzzleConfig(PuzzleGptOssConfig):
+    """gpt-oss-puzzle: a gpt-oss whose `block_configs` give each layer its window and its expert count.
+
+    To vLLM it is a `gpt_oss`: that name switches its Harmony rendering, its parsers and its MXFP4 experts on.
+    """
+
+    model_type = "gpt_oss_puzzle"
+
+    def __post_init__(self, block_configs: Any = None, **kwargs: Any) -> None:
+        """Refuse a missing rope scaling, which transformers would fill with gpt-oss's own."""
+        if block_configs is not None and not (_rope(self) or kwargs.get("rope_scaling")):
+            raise ConfigError(
+                "model, key `rope_scaling`: found nothing, allowed: the YaRN parameters (gpt-oss-puzzle changed the "
+                "factor, so gpt-oss's is no default)"
+            )
+        super().__post_init__(block_configs=block_configs, **kwargs)
+        object.__setattr__(self, "model_type", "gpt_oss")
+
+
+@strict
+class NemotronHPuzzleConfig(NemotronHConfig):
+    """Nemotron Puzzle (75B-A9B): a NemotronH whose `block_configs` hold each layer's sizes. vLLM's class serves it; it
+    asks this class for the view of one layer, and for the sizes of the multi-token-prediction layers.
+    """
+
+    model_type = "nemotron_h_puzzle"
+
+    block_configs: list[Any] | None = None
+    mtp_block_configs: list[Any] | None = None
+    mtp_n_routed_experts: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Derive the layer list, and the largest expert count, that the file leaves to its blocks."""
+        if self.block_configs is not None:
+            self.layers_block_type = block_types(self.block_configs)
+        super().__post_init__(**kwargs)
+        if self.block_configs is not None:
+            experts = [layer.ffn.num_experts for layer in model_record(self).layers if isinstance(layer.ffn, MoE)]
+            self.n_routed_experts = max(experts, default=1)
+
+    def get_nemotron_h_config_for_layer(self, layer_idx: int) -> NemotronHPuzzleConfig:
+        """This configuration with the sizes of layer `layer_idx` in place of the model's."""
+        view = copy.copy(self)
+        for key, value in (self.block_configs or [])[layer_idx].items():
+            setattr(view, key, value)
+        return view
 
 
 CONFIGS = (
@@ -111,7 +195,15 @@ CONFIGS = (
     PuzzleQwen2Config,
     PuzzleQwen3Config,
     PuzzleQwen3MoeConfig,
+    PuzzleGptOssConfig,
+    GptOssPuzzleConfig,
+    NemotronHPuzzleConfig,
 )
+
+
+def _rope(config: PreTrainedConfig) -> dict[str, Any] | None:
+    rope: dict[str, Any] | None = config.rope_parameters
+    return rope
 
 
 def model_record(config: PreTrainedConfig) -> ModelRecord:

@@ -6,7 +6,8 @@ interfaces are declared in this very file, because vLLM caches them under a hash
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import torch
@@ -17,7 +18,7 @@ from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP
+from vllm.model_executor.models.interfaces import EagleModelMixin, SupportsEagle3, SupportsLoRA, SupportsPP
 from vllm.model_executor.models.utils import (
     AutoWeightsLoader,
     PPMissingLayer,
@@ -29,18 +30,25 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 from vllm_puzzle.serving import vllm_compat
 from vllm_puzzle.serving.hf_config import model_record
-from vllm_puzzle.serving.layers import PuzzleDecoderLayer, add_and_norm
+from vllm_puzzle.serving.layers import add_and_norm, build_layer
+from vllm_puzzle.serving.moe import PuzzleMoE
+from vllm_puzzle.serving.servable import check_servable
 from vllm_puzzle.serving.stages import use_partition_by_cost
-from vllm_puzzle.serving.weights import TensorAccount
+from vllm_puzzle.serving.weights import TensorAccount, canonical_name
+
+EXPERT = re.compile(r"(?P<module>model\.layers\.(?P<layer>\d+)\.(?:.+\.)?mlp)\.experts\.(?P<name>.+)")
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0})
-class PuzzleModel(nn.Module):
+class PuzzleModel(nn.Module, EagleModelMixin):
     """Embedding, the layers of this pipeline stage, final norm."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.record = record = model_record(vllm_config.model_config.hf_config)
+        check_servable(record)
+        # vLLM puts a global window on every layer that names none; here the records speak for every layer.
+        vllm_config.cache_config.sliding_window = None
         self.quant_config = vllm_config.quant_config
         stage = get_pp_group()
         if stage.is_first_rank or (record.tie_word_embeddings and stage.is_last_rank):
@@ -53,8 +61,8 @@ class PuzzleModel(nn.Module):
         else:
             self.embed_tokens = PPMissingLayer()
 
-        def build(prefix: str) -> PuzzleDecoderLayer:
-            return PuzzleDecoderLayer(record, record.layers[int(prefix.rpartition(".")[2])], vllm_config, prefix)
+        def build(prefix: str) -> nn.Module:
+            return build_layer(record, int(prefix.rpartition(".")[2]), vllm_config, prefix)
 
         use_partition_by_cost(record, stage.world_size)
         if not stage.is_first_rank:
@@ -77,22 +85,28 @@ class PuzzleModel(nn.Module):
         positions: torch.Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor | IntermediateTensors:
-        """One pass of this stage over [num_tokens] tokens; the last stage returns normed hidden states."""
+    ) -> torch.Tensor | IntermediateTensors | tuple[torch.Tensor, list[torch.Tensor]]:
+        """One pass of this stage over [num_tokens] tokens; the last stage returns normed hidden states, and with them
+        the layer inputs that an EAGLE-3 draft asked for (`aux_hidden_state_layers`), empty layers' included.
+        """
         residual: torch.Tensor | None = None
         if get_pp_group().is_first_rank:
             hidden = self._embed(input_ids, inputs_embeds)
         else:
             assert intermediate_tensors is not None, "vLLM hands a later stage the earlier one's tensors"
             hidden, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
-        for layer in islice(self.layers, self.start_layer, self.end_layer):
+        auxiliary: list[torch.Tensor] = []
+        self._maybe_add_hidden_state(auxiliary, self.start_layer, hidden, residual)  # type: ignore[operator]
+        for index, layer in enumerate(islice(self.layers, self.start_layer, self.end_layer), self.start_layer):
             if not layer.is_empty:
                 hidden, residual = layer(positions, hidden, residual)
+            self._maybe_add_hidden_state(auxiliary, index + 1, hidden, residual)  # type: ignore[operator]
         if not get_pp_group().is_last_rank:
             # A stage of empty layers only has no residual yet; zeros keep the pair's sum.
             residual = torch.zeros_like(hidden) if residual is None else residual
             return IntermediateTensors({"hidden_states": hidden, "residual": residual})
-        return add_and_norm(self.norm, hidden, residual)[0]
+        hidden, _ = add_and_norm(self.norm, hidden, residual)
+        return (hidden, auxiliary) if auxiliary else hidden
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         if inputs_embeds is not None:
@@ -101,7 +115,7 @@ class PuzzleModel(nn.Module):
         return self.embed_input_ids(input_ids)
 
 
-class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
+class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle3):
     """A heterogeneous decoder-only language model: `PuzzleModel` and the output matrix."""
 
     hf_to_vllm_mapper = WeightsMapper(
@@ -148,7 +162,7 @@ class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         positions: torch.Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor | IntermediateTensors:
+    ) -> torch.Tensor | IntermediateTensors | tuple[torch.Tensor, list[torch.Tensor]]:
         """See PuzzleModel.forward."""
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
@@ -159,4 +173,24 @@ class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint and return vLLM's names of what was loaded. Raises WeightsError (see weights.py)."""
         account = TensorAccount(self.record, quantized=self.quant_config is not None)
-        return AutoWeightsLoader(self).load_weights(account.watch(weights), mapper=self.hf_to_vllm_mapper)
+        loaded: set[str] = set()
+        rest = self._load_experts(account.watch(weights), loaded)
+        return loaded | AutoWeightsLoader(self).load_weights(rest, mapper=self.hf_to_vllm_mapper)
+
+    def _load_experts(
+        self, weights: Iterable[tuple[str, torch.Tensor]], loaded: set[str]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Load expert tensors into `loaded`, pass the others on."""
+        parameters = dict(self.named_parameters())
+        for name, tensor in weights:
+            match = EXPERT.match(name)
+            if match is None:
+                name = canonical_name(name)
+                # Scales of a KV cache that is not FP8 have no parameter, and no effect.
+                if not (name.endswith("attn.k_scale") or name.endswith("attn.v_scale")) or name in parameters:
+                    yield name, tensor
+            elif not isinstance(self.model.layers[int(match["layer"])], PPMissingLayer):
+                experts = self.get_submodule(match["module"])
+                assert isinstance(experts, PuzzleMoE), "the account knows the tensor, so the layer has experts"
+                parameter = experts.load_expert(match["name"], tensor)
+                loaded |= {f"{match['module']}.{parameter}"} if parameter else set()

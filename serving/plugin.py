@@ -13,6 +13,7 @@ import os
 MODELS = {
     "PuzzleForCausalLM": "vllm_puzzle.serving.model:PuzzleForCausalLM",
     "DeciLMForCausalLM": "vllm_puzzle.serving.model:PuzzleForCausalLM",
+    "GptOssPuzzleForCausalLM": "vllm_puzzle.serving.model:PuzzleForCausalLM",
 }
 OVERRIDES = ("DeciLMForCausalLM",)
 DISABLE_OVERRIDES = "VLLM_PUZZLE_DISABLE_OVERRIDES"
@@ -27,6 +28,7 @@ def register() -> None:
 
     vllm_compat.check_vllm_version()
     vllm_compat.allow_attention_free_stages()
+    vllm_compat.use_gpt_oss_defaults("GptOssPuzzleForCausalLM")
     for config_class in CONFIGS:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for name in _served_names():

@@ -14,11 +14,11 @@ from typing import Any
 
 from vllm_puzzle.model_configs.formats import FAMILIES, read_model
 from vllm_puzzle.model_configs.json_values import read_object
-from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord, MoE, check_tensor_parallel
+from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord, check_tensor_parallel
+from vllm_puzzle.serving.servable import check_servable, is_ours
 from vllm_puzzle.serving.weights import TensorAccount, WeightsError, place
 
 POCKET = Path(__file__).resolve().parent.parent / "model_configs" / "pocket"
-OUR_ARCHITECTURES = ("DeciLMForCausalLM", "PuzzleForCausalLM", "AnyModel")
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
@@ -109,7 +109,8 @@ def check(request: Request) -> ModelRecord | None:
         _check_tokenizer(path)
     record = read_model(config) if config.get("model_type") in FAMILIES else None
     if record is not None:
-        _check_servable(record)
+        if is_ours(record):
+            check_servable(record)
         check_tensor_parallel(record, request.tensor_parallel_size)
     if request.load_format in ("auto", "safetensors"):
         _check_weights(path, config, record)
@@ -186,21 +187,6 @@ def _thinks(path: Path) -> bool:
     return any("</think>" in file.read_text() for file in files if file.is_file())
 
 
-def is_ours(record: ModelRecord) -> bool:
-    """Whether our class serves the model, and not vLLM's own."""
-    return record.is_heterogeneous or record.architecture in OUR_ARCHITECTURES
-
-
-def _check_servable(record: ModelRecord) -> None:
-    """What our class cannot build yet (vLLM's own classes serve homogeneous models of these kinds)."""
-    for index, layer in enumerate(record.layers):
-        if is_ours(record) and isinstance(layer.ffn, MoE):
-            raise ConfigError(
-                f"layer {index}, ffn: found {layer.ffn.num_experts} experts in a heterogeneous {record.model_type}, "
-                "allowed: a gated FFN, a linear map or nothing (experts are not served yet)"
-            )
-
-
 # --- weights -----------------------------------------------------------------------------------------------------
 
 
@@ -215,8 +201,10 @@ def _check_weights(path: Path, config: dict[str, Any], record: ModelRecord | Non
             if account is None:
                 continue
             account.see(name, tuple(entry["shape"]))
-            if not account.quantized and entry["dtype"] not in FLOAT_DTYPES:
-                raise WeightsError(f"{place(name)}: found dtype {entry['dtype']}, allowed: {', '.join(FLOAT_DTYPES)}")
+            is_packed = account.record.is_mxfp4 and name.endswith(("_blocks", "_scales"))
+            allowed = ("U8",) if is_packed else FLOAT_DTYPES
+            if not account.quantized and entry["dtype"] not in allowed:
+                raise WeightsError(f"{place(name)}: found dtype {entry['dtype']}, allowed: {', '.join(allowed)}")
     if account is not None:
         account.close()
 

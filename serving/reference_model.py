@@ -10,24 +10,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from vllm_puzzle.kernels import reference as ops
-from vllm_puzzle.model_configs.schema import Attention, ConfigError, GatedFFN, LayerRecord, LinearMap, ModelRecord
+from vllm_puzzle.model_configs.schema import (
+    Attention,
+    ConfigError,
+    GatedFFN,
+    LayerRecord,
+    LinearMap,
+    ModelRecord,
+    MoE,
+)
 from vllm_puzzle.model_configs.tensors import model_tensors
 
 
 class ReferenceModel(nn.Module):
     """Logits of `record` for token ids of shape [..., T] → [..., T, vocab_size].
 
-    Raises ConfigError for what it does not define yet: MoE blocks, and rotary types other than default and llama3.
+    Raises ConfigError for what it does not define: NemotronH's blocks, and rotary types other than default, llama3
+    and yarn. MXFP4 experts are held as the matrices that they stand for.
     """
 
     def __init__(self, record: ModelRecord, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.record = record
         for index, layer in enumerate(record.layers):
-            if not isinstance(layer.ffn, GatedFFN | LinearMap | None):
-                raise ConfigError(
-                    f"layer {index}: found {layer.ffn}, allowed in the reference: gated FFN, linear map, none"
-                )
+            for block in layer.blocks:
+                if not isinstance(block.attention, Attention | LinearMap | None) or not isinstance(
+                    block.ffn, GatedFFN | MoE | LinearMap | None
+                ):
+                    raise ConfigError(
+                        f"layer {index}: found {block}, allowed in the reference: attention, FFN, experts, linear map"
+                    )
         # One flat dictionary of tensors under their checkpoint names; torch wants names without dots.
         self.tensors = nn.ParameterDict(
             {
@@ -77,43 +89,77 @@ class ReferenceModel(nn.Module):
 
     def layer(self, index: int, hidden: Tensor) -> Tensor:
         """One decoder layer with its residuals. hidden: [..., T, hidden_size] → the same shape."""
-        record = self.record.layers[index]
-        hidden = hidden + self.attention_block(index, record, hidden) if record.attention is not None else hidden
-        return hidden + self.ffn_block(index, record, hidden) if record.ffn is not None else hidden
+        layer, prefix = self.record.layers[index], f"model.layers.{index}"
+        if not layer.parallel:
+            return self.block(layer, prefix, hidden)
+        blocks = enumerate(layer.parallel)
+        outputs = [self.block(block, f"{prefix}.parallel_blocks.{i}", hidden) for i, block in blocks]
+        # Each output holds the input once; together they may hold it once only.
+        return torch.stack(outputs).sum(0) - (len(outputs) - 1) * hidden
+
+    def block(self, block: LayerRecord, prefix: str, hidden: Tensor) -> Tensor:
+        """Attention and FFN of one block under `prefix`, with their residuals."""
+        hidden = hidden + self.attention_block(prefix, block, hidden) if block.attention is not None else hidden
+        return hidden + self.ffn_block(prefix, block, hidden) if block.ffn is not None else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and output matrix. hidden: [..., T, hidden_size] → [..., T, vocab_size]."""
         head = "model.embed_tokens.weight" if self.record.tie_word_embeddings else "lm_head.weight"
         return nn.functional.linear(self._norm(hidden, "model.norm.weight"), self._tensor(head))
 
-    def attention_block(self, index: int, record: LayerRecord, hidden: Tensor) -> Tensor:
-        """What the layer's attention (or linear map) adds to the residual."""
-        prefix = f"model.layers.{index}"
+    def attention_block(self, prefix: str, record: LayerRecord, hidden: Tensor) -> Tensor:
+        """What the block's attention (or linear map) adds to the residual."""
         x = self._norm(hidden, f"{prefix}.input_layernorm.weight")
-        spec = record.attention
+        spec, name = record.attention, f"{prefix}.self_attn"
         if isinstance(spec, LinearMap):
-            return nn.functional.linear(x, self._tensor(f"{prefix}.self_attn.linear_attn.weight"))
+            return nn.functional.linear(x, self._tensor(f"{name}.linear_attn.weight"))
         assert isinstance(spec, Attention), "the caller leaves no-ops out"
-        q = self._project(x, f"{prefix}.self_attn.q_proj").unflatten(-1, (spec.num_heads, spec.head_dim))
-        k = self._project(x, f"{prefix}.self_attn.k_proj").unflatten(-1, (spec.num_kv_heads, spec.head_dim))
-        v = self._project(x, f"{prefix}.self_attn.v_proj").unflatten(-1, (spec.num_kv_heads, spec.head_dim))
+        q = self._project(x, f"{name}.q_proj").unflatten(-1, (spec.num_heads, spec.head_dim))
+        k = self._project(x, f"{name}.k_proj").unflatten(-1, (spec.num_kv_heads, spec.head_dim))
+        v = self._project(x, f"{name}.v_proj").unflatten(-1, (spec.num_kv_heads, spec.head_dim))
         if self.record.qk_norm:
-            q = self._norm(q, f"{prefix}.self_attn.q_norm.weight")
-            k = self._norm(k, f"{prefix}.self_attn.k_norm.weight")
+            q = self._norm(q, f"{name}.q_norm.weight")
+            k = self._norm(k, f"{name}.k_norm.weight")
         positions = torch.arange(x.shape[-2], device=x.device)
-        frequencies = self._frequencies(spec.head_dim).to(x.device)
-        q, k = ops.apply_rope(q, positions, frequencies), ops.apply_rope(k, positions, frequencies)
-        return self._project(ops.attention(q, k, v, spec.sliding_window).flatten(-2), f"{prefix}.self_attn.o_proj")
+        frequencies, scale = self._frequencies(spec.head_dim)
+        q, k = (ops.apply_rope(t, positions, frequencies.to(x.device), scale) for t in (q, k))
+        sinks = self._tensor(f"{name}.sinks") if spec.has_sinks else None
+        output = ops.attention(q, k, v, spec.sliding_window, sinks, spec.num_sink_tokens)
+        return self._project(output.flatten(-2), f"{name}.o_proj")
 
-    def ffn_block(self, index: int, record: LayerRecord, hidden: Tensor) -> Tensor:
-        """What the layer's FFN (or linear map) adds to the residual."""
-        prefix = f"model.layers.{index}"
+    def ffn_block(self, prefix: str, record: LayerRecord, hidden: Tensor) -> Tensor:
+        """What the block's FFN (or experts, or linear map) adds to the residual."""
         x = self._norm(hidden, f"{prefix}.post_attention_layernorm.weight")
         if isinstance(record.ffn, LinearMap):
             return nn.functional.linear(x, self._tensor(f"{prefix}.mlp.linear_mlp.weight"))
-        projections = [f"{prefix}.mlp.{name}_proj" for name in ("gate", "up", "down")]
-        weights = [self._tensor(f"{name}.weight") for name in projections]
-        return ops.gated_ffn(x, *weights, *(self._bias(name) for name in projections))
+        if isinstance(record.ffn, MoE):
+            return self._experts(f"{prefix}.mlp", record.ffn, x.flatten(0, -2)).view_as(x)
+        return self._gated(f"{prefix}.mlp", x)
+
+    def _experts(self, prefix: str, spec: MoE, x: Tensor) -> Tensor:
+        """Routed experts (and DeciLM's shared one) of [N, hidden_size] rows."""
+        names = ("router", "gate")
+        router = next(f"{prefix}.{name}" for name in names if _flat(f"{prefix}.{name}.weight") in self.tensors)
+        weights, experts = ops.route(self._project(x, router), spec.num_experts_per_tok, spec.routing)
+        is_stacked = _flat(f"{prefix}.experts.down_proj") in self.tensors
+
+        def run(expert: int, rows: Tensor) -> Tensor:
+            if is_stacked:
+                return self._stacked_expert(f"{prefix}.experts", expert, rows)
+            return self._gated(f"{prefix}.experts.{expert}", rows)
+
+        output = ops.moe(x, weights, experts, run, on_input=spec.routing == "sigmoid_on_input")
+        return output + self._gated(f"{prefix}.shared_expert", x) if spec.shared_intermediate_size else output
+
+    def _stacked_expert(self, prefix: str, expert: int, rows: Tensor) -> Tensor:
+        """gpt-oss: [in, out] matrices, biases, clamped activation."""
+        gate_up, down = self._tensor(f"{prefix}.gate_up_proj")[expert], self._tensor(f"{prefix}.down_proj")[expert]
+        inner = ops.swiglu_oai(rows @ gate_up + self._tensor(f"{prefix}.gate_up_proj_bias")[expert])
+        return inner @ down + self._tensor(f"{prefix}.down_proj_bias")[expert]
+
+    def _gated(self, prefix: str, x: Tensor) -> Tensor:
+        names = [f"{prefix}.{name}_proj" for name in ("gate", "up", "down")]
+        return ops.gated_ffn(x, *(self._tensor(f"{n}.weight") for n in names), *(self._bias(n) for n in names))
 
     def _tensor(self, name: str) -> Tensor:
         return self.tensors[_flat(name)]
@@ -127,21 +173,28 @@ class ReferenceModel(nn.Module):
     def _bias(self, prefix: str) -> Tensor | None:
         return self.tensors.get(_flat(f"{prefix}.bias"))
 
-    def _frequencies(self, head_dim: int) -> Tensor:
+    def _frequencies(self, head_dim: int) -> tuple[Tensor, float]:
+        """Rotary inverse frequencies, and the factor on cos and sin (YaRN's; 1 elsewhere)."""
         rope = self.record.rope
         if rope.rope_type == "default":
-            return ops.rope_inverse_frequencies(head_dim, rope.rope_theta)
-        if rope.rope_type != "llama3":
+            return ops.rope_inverse_frequencies(head_dim, rope.rope_theta), 1.0
+        if rope.rope_type == "llama3":
+            low, high = rope.low_freq_factor, rope.high_freq_factor
+            original = rope.original_max_position_embeddings
+            return ops.rope_inverse_frequencies(head_dim, rope.rope_theta, rope.factor, low, high, original), 1.0
+        if rope.rope_type != "yarn" or rope.factor is None or rope.original_max_position_embeddings is None:
             raise ConfigError(
-                f"model, key `rope_type`: found {rope.rope_type!r}, allowed in the reference: default, llama3"
+                f"model, key `rope_type`: found {rope.rope_type!r}, allowed in the reference: default, llama3, yarn"
             )
-        return ops.rope_inverse_frequencies(
+        return ops.yarn_frequencies(
             head_dim,
             rope.rope_theta,
             rope.factor,
-            rope.low_freq_factor,
-            rope.high_freq_factor,
             rope.original_max_position_embeddings,
+            rope.beta_fast or 32.0,
+            rope.beta_slow or 1.0,
+            rope.attention_factor,
+            rope.truncate,
         )
 
 

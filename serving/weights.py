@@ -20,6 +20,8 @@ T = TypeVar("T")
 # Recomputed from the config by every engine; old Llama exports carry it.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
 MAX_NAMED = 5
+# Scales of an FP8 KV cache, under the three names that published checkpoints use; canonical: self_attn.attn.k_scale.
+KV_SCALE = re.compile(r"(?P<owner>model\.layers\.\d+\..*?self_attn)\.(?:attn\.|k_proj\.|v_proj\.)?(?P<of>[kv])_scale$")
 
 
 class WeightsError(ConfigError):
@@ -33,8 +35,9 @@ class TensorAccount:
 
     def __init__(self, record: ModelRecord, quantized: bool = False) -> None:
         self.record = record
-        self.quantized = quantized
-        self.expected = model_tensors(record)
+        self.quantized = quantized and not record.is_mxfp4
+        self.expected = model_tensors(record, as_stored=True)
+        self.scales: set[str] = set()
         self.missing = set(self.expected)
         self.modules = {name.rpartition(".")[0] for name in self.expected}
 
@@ -45,6 +48,8 @@ class TensorAccount:
         if self._is_idle_norm(name):
             logger.warning("%s: left out, as the layer skips the sub-block that it would norm", place(name))
             return False
+        if KV_SCALE.match(name):
+            return self._see_scale(name, tuple(shape))
         if self.quantized:
             return self._see_quantized(name)
         if name not in self.expected:
@@ -64,8 +69,23 @@ class TensorAccount:
         layer = self.record.layers[int(match[1])]
         return (layer.attention if match[2] == "input_layernorm" else layer.ffn) is None
 
+    def _see_scale(self, name: str, shape: Shape) -> bool:
+        canonical = canonical_name(name)
+        owner = canonical.removesuffix(".attn.k_scale").removesuffix(".attn.v_scale")
+        if f"{owner}.o_proj.weight" not in self.expected:
+            raise WeightsError(f"{place(name)}: found a scale where the layer has no attention, allowed: none")
+        if shape not in ((), (1,)):
+            raise WeightsError(f"{place(name)}: found shape {shape}, allowed: () or (1,), one scale per attention")
+        if canonical in self.scales:
+            raise WeightsError(f"{place(name)}: found twice, allowed: once")
+        self.scales.add(canonical)
+        return True
+
     def close(self) -> None:
         """Raises WeightsError naming the tensors that never came."""
+        if self.scales:  # all or none
+            owners = [n.removesuffix(".o_proj.weight") for n in self.expected if n.endswith("self_attn.o_proj.weight")]
+            self.missing |= {f"{owner}.attn.{of}_scale" for owner in owners for of in "kv"} - self.scales
         if self.missing:
             names = sorted(self.missing, key=_natural)
             more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
@@ -89,6 +109,11 @@ class TensorAccount:
             raise WeightsError(f"{place(name)}: found a tensor that the configuration has no place for, allowed: none")
         self.missing = {want for want in self.missing if want.rpartition(".")[0] != module}
         return True
+
+
+def canonical_name(name: str) -> str:
+    """vLLM's parameter for a KV-cache scale, whichever of its names the checkpoint uses; others are unchanged."""
+    return KV_SCALE.sub(r"\g<owner>.attn.\g<of>_scale", name)
 
 
 def place(name: str) -> str:

@@ -69,7 +69,7 @@ def test_puzzletron_v1_with_a_linear_map_becomes_deci() -> None:
 
 def test_experts_are_refused_with_their_layer() -> None:
     with pytest.raises(ConfigError, match="layer 0, ffn: found experts"):
-        convert_config(families.HETEROGENEOUS_MOE, "anymodel")
+        convert_config(families.FAMILIES["qwen3_moe"], "anymodel")
 
 
 def test_the_command_links_the_weights_and_leaves_remote_code_behind(

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_puzzle.model_configs.formats import ffn_mult_to_width, read_model
+from vllm_puzzle.model_configs.decilm import ffn_mult_to_width
+from vllm_puzzle.model_configs.formats import read_model
 from vllm_puzzle.model_configs.schema import Attention, ConfigError, GatedFFN, LayerRecord, LinearMap, MoE
 from vllm_puzzle.model_configs.tensors import kv_bytes_per_token, num_parameters
 
@@ -182,7 +183,9 @@ def test_qwen3_moe_layers_have_experts() -> None:
         "moe_intermediate_size": 32,
     }
     record = read_model(config | {"mlp_only_layers": [1]})
-    assert [layer.ffn for layer in record.layers] == [MoE(8, 2, 32), GatedFFN(96), MoE(8, 2, 32)]
+    experts = MoE(8, 2, 32, routing="softmax")
+    assert [layer.ffn for layer in record.layers] == [experts, GatedFFN(96), experts]
+    assert read_model(config | {"norm_topk_prob": True}).layers[0].ffn == MoE(8, 2, 32, routing="renormalize")
     assert record.qk_norm
 
 
@@ -235,9 +238,9 @@ BAD = [
     ),
     (
         LLAMA | {"block_configs": [], "per_layer_config": {"0": {}}},
-        "key `per_layer_config`: found beside `block_configs`",
+        "key `block_configs`: found 0 entries, allowed: num_hidden_layers = 3",
     ),
-    (deci(block()) | {"per_layer_config": {"0": {}}}, "key `per_layer_config`: found beside `block_configs`"),
+    (deci(block()) | {"per_layer_config": {"0": {}}}, "key `per_layer_config`: found on nemotron-nas"),
     (LLAMA | {"model_type": "gpt2"}, "key `model_type`: found 'gpt2', allowed: nemotron-nas, llama"),
     (
         LLAMA | {"num_key_value_heads": 3},
@@ -264,7 +267,8 @@ BAD = [
         deci(block(ffn=ffn_block(intermediate_size=100))),
         "layer 0, ffn, key `intermediate_size`: found 100, allowed: 256",
     ),
-    (deci(block(ffn=ffn_block(moe={"num_local_experts": 4}))), "layer 0, ffn, key `moe`: found"),
+    (deci(block(ffn=ffn_block(moe=[4]))), "layer 0, ffn, key `moe`: found [4]"),
+    (deci(block(ffn=ffn_block(ffn_mult=None, moe={"x": 4}))), "layer 0, ffn, moe, key `x`: found an unknown key"),
     (deci({"attention": attention_block(), "mlp": {}}), "layer 0, key `mlp`: found an unknown key"),
     (
         deci(block(attention_block(no_op=True))),

@@ -80,9 +80,13 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda m: edit_tensors(m, lambda t: t.update({NAME: t[NAME].int()})),
         "layer 3, tensor `mlp.up_proj.weight`: found dtype I32, allowed: BF16, F16, F32",
     ),
-    "heterogeneous experts": (
-        lambda m: (m / "config.json").write_text(json.dumps(families.HETEROGENEOUS_MOE)),
-        "layer 0, ffn: found 4 experts in a heterogeneous qwen3_moe, allowed: a gated FFN",
+    "mamba in DeciLM": (
+        lambda m: (m / "config.json").write_text(json.dumps(families.UNSERVED["mamba"])),
+        "layer 1, attention: found mamba, allowed: attention, a linear map or nothing",
+    ),
+    "sink tokens": (
+        lambda m: (m / "config.json").write_text(json.dumps(families.UNSERVED["sink tokens"])),
+        "layer 1, attention, key `num_sink_tokens`: found 4, allowed: null",
     ),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), "found no weights"),
     "missing tokenizer": (lambda m: (m / "tokenizer.json").unlink(), "found no tokenizer, allowed: one of"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import families
 import pytest
 from vllm_puzzle.serving import plugin, vllm_compat
 
@@ -51,35 +52,33 @@ def test_the_kv_head_count_is_the_largest_layers_and_survives_a_linear_first_lay
     assert MODEL_ARCH_CONFIG_CONVERTORS["nemotron-nas"](config, config).get_total_num_kv_heads() == 2
 
 
-def test_heterogeneous_experts_are_sent_to_our_class_which_refuses_them() -> None:
+@pytest.mark.parametrize("name", ["mamba", "sink tokens", "two experts on their input"])
+def test_our_class_refuses_what_vllm_has_nothing_for(name: str) -> None:
     import families
-    from transformers import AutoConfig
+    from vllm_puzzle.model_configs.formats import read_model
     from vllm_puzzle.model_configs.schema import ConfigError
-    from vllm_puzzle.serving import layers
-    from vllm_puzzle.serving.hf_config import PUZZLE_ARCHITECTURE, model_record
+    from vllm_puzzle.serving.servable import check_servable
 
-    plugin.register()
-    config = AutoConfig.for_model(**families.HETEROGENEOUS_MOE)
-    assert config.architectures == [PUZZLE_ARCHITECTURE]
-    record = model_record(config)
-    with pytest.raises(ConfigError, match=r"layers\.0\.mlp: found MoE.*allowed: gated FFN"):
-        layers._build_ffn(record, record.layers[0].ffn, None, "model.layers.0.mlp")
+    with pytest.raises(ConfigError, match=r"^layer 1, (attention|moe).*found .*, allowed: "):
+        check_servable(read_model(families.UNSERVED[name]))
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "anymodel", "puzzletron v1"])
+@pytest.mark.parametrize("name", list(families.FAMILIES))
 def test_only_heterogeneous_checkpoints_of_a_family_get_our_class(name: str) -> None:
-    import families
     from transformers import AutoConfig
     from vllm_puzzle.model_configs.formats import read_model
-    from vllm_puzzle.serving.hf_config import PUZZLE_ARCHITECTURE, model_record
+    from vllm_puzzle.serving.hf_config import GPT_OSS_ARCHITECTURE, PUZZLE_ARCHITECTURE, model_record
 
     plugin.register()
     config = families.FAMILIES[name]
     loaded = AutoConfig.for_model(**config)
-    assert loaded.architectures == [PUZZLE_ARCHITECTURE]
-    assert model_record(loaded).layers == read_model(config).layers
+    ours = {"gpt_oss": GPT_OSS_ARCHITECTURE, "gpt_oss_puzzle": GPT_OSS_ARCHITECTURE}
+    stated = ["DeciLMForCausalLM"] if config["model_type"] == "nemotron-nas" else None
+    assert loaded.architectures == (stated or [ours.get(config["model_type"], PUZZLE_ARCHITECTURE)])
+    read, kept = read_model(config), model_record(loaded)
+    assert (kept.layers, kept.rope, kept.is_mxfp4) == (read.layers, read.rope, read.is_mxfp4)
     plain = {key: value for key, value in config.items() if key not in ("per_layer_config", "block_configs")}
-    if name != "anymodel":
+    if name != "anymodel" and config["model_type"] not in ("gpt_oss_puzzle", "nemotron-nas"):
         assert AutoConfig.for_model(**plain).architectures == config["architectures"]
 
 

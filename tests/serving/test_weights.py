@@ -41,7 +41,7 @@ def test_many_missing_tensors_are_counted_in_one_line() -> None:
     [
         ("model.layers.0.input_layernorm.weight", "layer 0, tensor `input_layernorm.weight`"),
         ("model.layers.6.self_attn.q_proj.weight", "layer 6, tensor `self_attn.q_proj.weight`"),
-        ("model.layers.2.self_attn.k_scale", "layer 2, tensor `self_attn.k_scale`"),
+        ("model.layers.2.self_attn.q_scale", "layer 2, tensor `self_attn.q_scale`"),
         ("visual.patch.weight", "tensor `visual.patch.weight`"),
     ],
 )
@@ -86,7 +86,6 @@ def test_a_quantized_checkpoint_is_held_to_module_names() -> None:
     quantized = dict(TENSORS)
     weight = quantized.pop("model.layers.2.mlp.up_proj.weight")
     quantized |= {"model.layers.2.mlp.up_proj.weight_packed": weight, "model.layers.2.mlp.up_proj.weight_scale": weight}
-    quantized["model.layers.2.self_attn.k_scale"] = torch.ones(())
     assert set(load(quantized, quantized=True)) == set(quantized)
     with pytest.raises(WeightsError, match="layer 0"):
         load({**quantized, "model.layers.0.mlp.up_proj.weight_scale": weight}, quantized=True)
