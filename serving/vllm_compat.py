@@ -66,7 +66,7 @@ LEDGER = (
     LedgerEntry(
         target="vllm.model_executor.models.config:MODELS_CONFIG_MAP",
         why="vLLM sets gpt-oss's defaults (reasoning parser, MXFP4 name, graph sizes) by architecture name, in a table "
-        "without a registration function; gpt-oss-puzzle needs them, and an end token that its files forget.",
+        "without a registration function; gpt-oss-puzzle needs them.",
         upstream="https://github.com/vllm-project/vllm/pull/38135 (gpt-oss-puzzle)",
         remove_when="vLLM serves gpt-oss-puzzle, or lets plugins register such defaults",
     ),
@@ -75,6 +75,13 @@ LEDGER = (
         why="the defaults themselves",
         upstream="as above",
         remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.config:ModelConfig.try_get_generation_config",
+        why="gpt-oss-puzzle's generation_config.json leaves the end token <|call|> out; vLLM 0.32 takes end tokens from "
+        "that file alone (--override-generation-config does not reach them)",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/engine/input_processor.py",
+        remove_when="the model's files name the token, or vLLM's Harmony code stops at it",
     ),
     LedgerEntry(
         target="vllm.model_executor.models.gpt_oss:GptOssRoutedExperts",
@@ -131,28 +138,37 @@ def use_record_sizes(model_type: str) -> None:
     module.MODEL_ARCH_CONFIG_CONVERTORS[model_type] = RecordSizesConvertor
 
 
-HARMONY_CALL = 200012  # <|call|>, ends a turn that calls a tool; gpt-oss-puzzle's generation_config leaves it out
-GPT_OSS_END_TOKENS = (200002, 199999, HARMONY_CALL)
-GPT_OSS_VOCABULARY = 201088
+HARMONY_CALL = 200012  # <|call|>, ends a turn that calls a tool
+HARMONY_VOCABULARY = 201088
 
 
 def use_gpt_oss_defaults(architecture: str) -> None:
-    """Give `architecture` vLLM's defaults for gpt-oss, and every end token of the Harmony format."""
+    """Give `architecture` vLLM's defaults for gpt-oss."""
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, GptOssForCausalLMConfig
 
-    class GptOssPuzzleConfigUpdate(GptOssForCausalLMConfig):
-        @staticmethod
-        def verify_and_update_model_config(model_config: Any) -> None:
-            GptOssForCausalLMConfig.verify_and_update_model_config(model_config)
-            if model_config.hf_config.vocab_size != GPT_OSS_VOCABULARY:
-                return  # another tokenizer, other ids
-            found = model_config.try_get_generation_config().get("eos_token_id") or []
-            ids = [found] if isinstance(found, int) else list(found)
-            if HARMONY_CALL not in ids:
-                wanted = list(dict.fromkeys([*ids, *GPT_OSS_END_TOKENS]))
-                model_config.override_generation_config.setdefault("eos_token_id", wanted)
+    MODELS_CONFIG_MAP[architecture] = GptOssForCausalLMConfig
 
-    MODELS_CONFIG_MAP[architecture] = GptOssPuzzleConfigUpdate
+
+def end_harmony_turns_at_calls() -> None:
+    """Stop gpt-oss-puzzle at `<|call|>`, which its generation_config.json leaves out of the end tokens. Repeatable."""
+    from vllm.config import ModelConfig
+    from vllm_puzzle.serving.hf_config import GptOssPuzzleConfig
+
+    original = ModelConfig.try_get_generation_config
+    if getattr(original, "_puzzle_ends_calls", False):
+        return
+
+    def with_call(self: Any) -> dict[str, Any]:
+        found: dict[str, Any] = original(self)
+        config = self.hf_config
+        if not isinstance(config, GptOssPuzzleConfig) or config.vocab_size != HARMONY_VOCABULARY:
+            return found
+        ids = found.get("eos_token_id", config.eos_token_id)
+        ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+        return found | {"eos_token_id": list(dict.fromkeys([*ids, HARMONY_CALL]))}
+
+    with_call._puzzle_ends_calls = True  # type: ignore[attr-defined]
+    ModelConfig.try_get_generation_config = with_call
 
 
 def resolve(target: str) -> Any:
