@@ -2,9 +2,9 @@
 
 A process of its own, because vLLM's distributed state and our environment last as long as it; several jobs share it,
 because importing vLLM takes longer than a small model's run. A job names a model folder, LLM arguments and rounds of
-prompts (token ids); the prompts of one round are served together. "environment" holds for its and all later jobs. Output per job: one .pt file with, per prompt, the
-token ids (prompt + generated) and the log-probabilities [num_positions, vocab_size] that predicted each of them but
-the first, or the error as text.
+prompts (token ids); the prompts of one round are served together. Its "environment" also holds for later jobs.
+Output per job: one .pt file with, per prompt, the token ids (prompt + generated) and the log-probabilities
+[num_positions, vocab_size] that predicted each of them but the first, or the error as text.
 """
 
 from __future__ import annotations

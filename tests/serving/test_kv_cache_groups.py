@@ -17,6 +17,14 @@ from vllm_puzzle.serving import plugin
 
 Kind = tuple[int | None, int, int]  # window, KV heads, layers
 GPT_OSS_PUZZLE: list[Kind] = [(None, 8, 10), (128, 8, 18), (8192, 8, 8)]
+# At 131,072 tokens in blocks of 16 with 2,048 in flight.
+BETTER = {
+    "gpt-oss-puzzle",
+    "heads that do not divide",
+    "odd counts",
+    "more full than windowed",
+    "widths padded by vLLM",
+}
 GEOMETRIES: dict[str, list[Kind]] = {
     "full only": [(None, 8, 32)],
     "one window only": [(128, 8, 17)],
@@ -37,7 +45,7 @@ GEOMETRIES: dict[str, list[Kind]] = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """vLLM's whole configuration of a tiny model; the tests change its lengths. Groups are planned through our patch."""
+    """vLLM's configuration of a tiny model; the tests change its lengths. Groups are planned through our patch."""
     from vllm.engine.arg_utils import EngineArgs
 
     plugin.register_classes()
@@ -142,17 +150,19 @@ def test_the_reported_concurrency_of_gpt_oss_puzzle_grows_as_the_pages_shrink(si
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_no_geometry_is_worse_than_vllms(sized: Any, name: str, max_model_len: int, block_size: int) -> None:
     for in_flight in (1, 2048, 16384):
-        assert_never_worse(sized(max_model_len, in_flight), layers(GEOMETRIES[name], block_size))
+        is_better = assert_never_worse(sized(max_model_len, in_flight), layers(GEOMETRIES[name], block_size))
+        if (max_model_len, block_size, in_flight) == (131_072, 16, 2048):
+            assert is_better == (name in BETTER)
 
 
 def test_no_random_geometry_is_worse_and_many_are_better(sized: Any) -> None:
     rng, num_better = random.Random(0), 0
-    for seed in range(300):
+    for seed in range(150):
         windows = rng.sample([None, 64, 128, 500, 1024, 8192], rng.randint(2, 4))
         kinds: list[Kind] = [(window, rng.choice([1, 2, 3, 4, 8]), rng.randint(1, 40)) for window in windows]
         config = sized(rng.choice([1000, 8192, 131_072]), rng.choice([1, 512, 2048, 16384]))
         num_better += assert_never_worse(config, layers(kinds, rng.choice([16, 32, 128]), seed))
-    assert num_better >= 50
+    assert num_better >= 25
 
 
 def test_an_added_group_must_save_5_percent(sized: Any) -> None:
@@ -160,7 +170,7 @@ def test_an_added_group_must_save_5_percent(sized: Any) -> None:
     for num_full, num_groups in counts.items():
         groups = plan(sized(in_flight=1), layers([(None, 8, num_full), (128, 8, 20)])).kv_cache_groups
         assert len(groups) == num_groups
-    # 12 + 13 + 13 layers in groups of 6 to 7 would save, but less than 5 % for each group.
+    # Width 12 would make 3 groups of 2 and save 4.8 %.
     assert not assert_never_worse(sized(in_flight=4096), layers([(None, 8, 12), (128, 8, 13)]))
 
 
@@ -182,12 +192,13 @@ def test_pipeline_stages_share_one_grouping_and_serve_more_requests(sized: Any, 
 
 
 def nemotron_h(_: Any) -> dict[str, Any]:
+    """10 attention and 14 Mamba layers: vLLM's width is 14, and 10 would save pages if they were ours to plan."""
     from vllm.v1.kv_cache_interface import MambaSpec
 
-    attention = layers([(None, 2, 6)], block_size=1024)
+    attention = layers([(None, 2, 10)], block_size=1024)
     page_size = attention["layers.0"].page_size_bytes
     state = MambaSpec(block_size=1024, shapes=((64, 64, 32),), dtypes=(torch.float32,), page_size_padded=page_size)
-    return attention | {f"mamba.{i}": state for i in range(23)}
+    return attention | {f"mamba.{i}": state for i in range(14)}
 
 
 def with_a_connector(config: Any) -> dict[str, Any]:
@@ -270,5 +281,5 @@ def test_a_served_model_with_our_groups_equals_the_reference_and_vllm_reports_mo
     num_groups, num_stock_groups, pages, stock_pages = map(int, line)
     assert (num_groups, num_stock_groups) == (4, 6)
     stock, ours = map(float, re.findall(r"Maximum concurrency for 512 tokens per request: ([\d.]+)x", jobs.log))
-    # Printed with two digits.
-    assert ours / stock == pytest.approx(stock_pages / pages, rel=0.01 / stock)
+    # Printed with two digits after the point (numbers above 50), and pools hold whole blocks (thousands).
+    assert ours / stock == pytest.approx(stock_pages / pages, rel=1e-3)
