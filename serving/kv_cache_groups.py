@@ -18,20 +18,44 @@ Groups cost time at every step, since each has metadata of its own, so an added 
 the pages. Requests much shorter than `max_model_len` are not counted: where all windows still hold everything, a wider
 group's padding can cost more than vLLM's. Block sizes, and with them the grain of prefix-cache hits, stay.
 
-Under pipeline parallelism a stage has as many slots as its widest share of a group. Where stages begin is not known
-here; they are taken to hold equally many attention layers.
+Under pipeline parallelism a stage has as many slots as its widest share of a group, and all stages the blocks of the
+one that can afford fewest: its pages count. Where the stages are not known (`stages_of`), vLLM's groups stay.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 DISABLE = "VLLM_PUZZLE_DISABLE_KV_GROUPS"
 SAVING_PER_GROUP = 0.05
 
 Groups = list[Any]  # of vLLM's KVCacheGroupSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One worker: the names of its layers that have a cache, and the bytes it has for them."""
+
+    layer_names: frozenset[str]
+    memory: int
+
+
+_STAGES: ContextVar[tuple[Stage, ...]] = ContextVar("stages", default=())
+
+
+@contextmanager
+def stages_of(kv_cache_specs: Sequence[dict[str, Any]], available_memory: Sequence[int]) -> Iterator[None]:
+    """Make the workers' layers and memory [bytes] known to `regroup`, for the time of a plan."""
+    token = _STAGES.set(tuple(Stage(frozenset(s), m) for s, m in zip(kv_cache_specs, available_memory, strict=True)))
+    try:
+        yield
+    finally:
+        _STAGES.reset(token)
 
 
 def regroup(vllm_config: Any, stock: Groups, layer_names: Sequence[str]) -> Groups:
@@ -41,29 +65,33 @@ def regroup(vllm_config: Any, stock: Groups, layer_names: Sequence[str]) -> Grou
     """
     if os.environ.get(DISABLE, "0") not in ("", "0") or not _is_ours_to_plan(vllm_config, stock):
         return stock
-    groups = plan_groups(vllm_config, stock, layer_names)
+    stages: tuple[Stage, ...] = (Stage(frozenset(layer_names), 1),)
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        stages = _STAGES.get()
+        if not stages or min(stage.memory for stage in stages) <= 0:
+            return stock
+    groups = plan_groups(vllm_config, stock, layer_names, stages)
     if groups is not stock:
         from vllm.logger import init_logger
 
-        before, after = (layer_pages(vllm_config, g, _stages(vllm_config, layer_names)) for g in (stock, groups))
+        before, after = (layer_pages(vllm_config, g, stages) for g in (stock, groups))
         init_logger("vllm.puzzle").info_once(
             "vllm-puzzle: %s KV-cache groups in place of vLLM's %s: %s layer-pages for a request of %s tokens, "
             "not %s (%s=1 keeps vLLM's)",
             len(groups),
             len(stock),
-            f"{after:,}",
+            f"{after:,.0f}",
             f"{vllm_config.model_config.max_model_len:,}",
-            f"{before:,}",
+            f"{before:,.0f}",
             DISABLE,
         )
     return groups
 
 
-def plan_groups(vllm_config: Any, stock: Groups, layer_names: Sequence[str]) -> Groups:
+def plan_groups(vllm_config: Any, stock: Groups, layer_names: Sequence[str], stages: Sequence[Stage]) -> Groups:
     """The grouping of the module's rule; `stock` itself where none is better. Arguments as in `regroup`."""
-    stages = _stages(vllm_config, layer_names)
 
-    def pages(groups: Groups, decoding: bool = False) -> int:
+    def pages(groups: Groups, decoding: bool = False) -> float:
         return layer_pages(vllm_config, groups, stages, decoding=decoding)
 
     limit, decoding_limit = pages(stock), pages(stock, decoding=True)
@@ -82,11 +110,19 @@ def plan_groups(vllm_config: Any, stock: Groups, layer_names: Sequence[str]) -> 
 
 
 def layer_pages(
-    vllm_config: Any, groups: Groups, stages: Sequence[Sequence[str]] | None = None, *, decoding: bool = False
-) -> int:
-    """Pages that one request of max_model_len takes; with `stages` (their layers' names), on the widest stage."""
-    stages = stages or [[name for group in groups for name in group.layer_names]]
-    widest = max(len(set(stage).intersection(group.layer_names)) for stage in stages for group in groups)
+    vllm_config: Any, groups: Groups, stages: Sequence[Stage] | None = None, *, decoding: bool = False
+) -> float:
+    """Pages that one request of max_model_len takes (of the whole model, if no stages are given).
+
+    With stages: of the stage that can afford fewest requests, its pages scaled to the largest stage's memory.
+    """
+    stages = stages or [Stage(frozenset(name for group in groups for name in group.layer_names), 1)]
+    most = max(stage.memory for stage in stages)
+    widest = max(
+        len(stage.layer_names.intersection(group.layer_names)) * (most / stage.memory)
+        for stage in stages
+        for group in groups
+    )
     return widest * sum(num_blocks(vllm_config, group.kv_cache_spec, decoding=decoding) for group in groups)
 
 
@@ -107,7 +143,8 @@ def _is_ours_to_plan(vllm_config: Any, stock: Groups) -> bool:
     """Whether the groups are full, windowed and chunked attention only, in the layout the module describes.
 
     Left to vLLM: one group, Mamba and MLA states, groups of mixed page sizes, draft models (vLLM looks for their groups
-    itself), HiSparse, KV connectors (both ends must group alike, and their settings may differ).
+    itself), HiSparse, KV connectors (both ends must group alike, and their settings may differ), a number of blocks
+    set by the user (a wider group's blocks are larger).
     """
     from vllm.v1.kv_cache_interface import (
         ChunkedLocalAttentionSpec,
@@ -120,6 +157,7 @@ def _is_ours_to_plan(vllm_config: Any, stock: Groups) -> bool:
         vllm_config.speculative_config,
         vllm_config.kv_transfer_config,
         vllm_config.attention_config.hisparse_config,
+        vllm_config.cache_config.num_gpu_blocks_override,
     )
     if len(stock) < 2 or any(other is not None for other in others):
         return False
@@ -151,8 +189,3 @@ def _split(kinds: dict[Any, list[str]], width: int) -> Groups:
         count = -(-len(names) // width)
         groups += [KVCacheGroupSpec(names[i::count], spec) for i in range(count)]
     return groups
-
-
-def _stages(vllm_config: Any, layer_names: Sequence[str]) -> list[Sequence[str]]:
-    count, total = vllm_config.parallel_config.pipeline_parallel_size, len(layer_names)
-    return [layer_names[i * total // count : (i + 1) * total // count] for i in range(count)]

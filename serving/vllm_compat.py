@@ -6,6 +6,7 @@ symbol fails there, with one message.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,18 @@ LEDGER = (
         "full, 18 and 8 windowed layers. Ours replaces the result where it needs fewer (serving/kv_cache_groups.py).",
         upstream="https://github.com/vllm-project/vllm/issues/54106 (also pull requests 49472 and 51742)",
         remove_when="support for 0.32 ends: 0.33 asks the model class (SupportsKVCacheGrouping)",
+    ),
+    LedgerEntry(
+        target="vllm.v1.core.kv_cache_utils:get_kv_cache_configs",
+        why="knows each pipeline stage's layers and memory, on which the best groups depend",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.v1.engine.core:get_kv_cache_configs",
+        why="the same function under the name EngineCore has imported before plugins are loaded",
+        upstream="as above",
+        remove_when="as above",
     ),
     LedgerEntry(
         target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.sync_and_gather_intermediate_tensors",
@@ -174,12 +187,22 @@ def use_fewest_kv_cache_pages() -> None:
     Safe to call twice. EngineCore plans for all workers at once; a GPU worker plans its own while it measures memory.
     """
     from vllm.model_executor.models import interfaces
+    from vllm_puzzle.serving.kv_cache_groups import stages_of
 
     planner = _kv_cache_planner()
     if hasattr(interfaces, "SupportsKVCacheGrouping") or hasattr(planner, "_puzzle_stock_groups"):
         return
     planner._puzzle_stock_groups = planner.get_kv_cache_groups
     planner.get_kv_cache_groups = plan_kv_cache_groups
+    plan = planner.get_kv_cache_configs
+
+    def plan_with_stages(vllm_config: Any, kv_cache_specs: list[dict[str, Any]], available_memory: list[int]) -> Any:
+        with stages_of(kv_cache_specs, available_memory):
+            return plan(vllm_config, kv_cache_specs, available_memory)
+
+    planner.get_kv_cache_configs = plan_with_stages
+    if engine_core := sys.modules.get("vllm.v1.engine.core"):
+        engine_core.get_kv_cache_configs = plan_with_stages  # type: ignore[attr-defined]
 
 
 def _kv_cache_planner() -> Any:

@@ -85,13 +85,15 @@ def layers(kinds: list[Kind], block_size: int = 16, seed: int = 0) -> dict[str, 
     return {f"layers.{i}": spec for i, spec in enumerate(specs)}
 
 
-def plan(config: Any, *workers: dict[str, Any], stock: bool = False) -> Any:
+def plan(
+    config: Any, *workers: dict[str, Any], stock: bool = False, memory: tuple[int, ...] = (1 << 40, 1 << 40)
+) -> Any:
     """The cache of the first worker, planned by vLLM from the start: groups, blocks, admission checks."""
     from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv(planner.DISABLE, "1" if stock else "0")
-        return get_kv_cache_configs(config, [dict(worker) for worker in workers], [1 << 40] * len(workers))[0]
+        return get_kv_cache_configs(config, [dict(worker) for worker in workers], list(memory[: len(workers)]))[0]
 
 
 def needed_bytes(config: Any, plan: Any) -> int:
@@ -191,6 +193,28 @@ def test_pipeline_stages_share_one_grouping_and_serve_more_requests(sized: Any, 
     assert concurrency(config, ours) > 1.2 * concurrency(config, stock)
 
 
+def test_uneven_pipeline_stages_with_uneven_memory_are_never_worse(sized: Any) -> None:
+    rng, num_better, config = random.Random(1), 0, sized(num_stages=2)
+    for seed in range(150):
+        windows = rng.sample([None, 64, 128, 500, 1024, 8192], rng.randint(2, 4))
+        specs = list(layers([(window, 8, rng.randint(2, 40)) for window in windows], seed=seed).items())
+        cut = rng.randint(1, len(specs) - 1)
+        stages, memory = [dict(specs[:cut]), dict(specs[cut:])], (1 << 40, rng.randint(1 << 39, 1 << 41))
+        before, after = (
+            concurrency(config, plan(config, *stages, stock=stock, memory=memory)) for stock in (True, False)
+        )
+        assert after >= before * (1 - 1e-4)  # whole blocks, as above
+        num_better += after > 1.01 * before
+    assert num_better >= 25
+
+
+def test_unknown_pipeline_stages_keep_vllms_groups(sized: Any) -> None:
+    from vllm_puzzle.serving.vllm_compat import plan_kv_cache_groups
+
+    assert len(plan_kv_cache_groups(sized(), layers(GPT_OSS_PUZZLE))) == 4
+    assert len(plan_kv_cache_groups(sized(num_stages=2), layers(GPT_OSS_PUZZLE))) == 6
+
+
 def nemotron_h(_: Any) -> dict[str, Any]:
     """10 attention and 14 Mamba layers: vLLM's width is 14, and 10 would save pages if they were ours to plan."""
     from vllm.v1.kv_cache_interface import MambaSpec
@@ -230,12 +254,26 @@ def without_hybrid_groups(config: Any) -> dict[str, Any]:
     return layers([(None, 8, 10), (128, 8, 18)])
 
 
+def with_blocks_counted_by_the_user(config: Any) -> dict[str, Any]:
+    config.cache_config.num_gpu_blocks_override = 1 << 20
+    return layers(GPT_OSS_PUZZLE)
+
+
 def attention_free(_: Any) -> dict[str, Any]:
     return {}
 
 
 @pytest.mark.parametrize(
-    "case", [nemotron_h, with_a_connector, with_speculation, block_outermost, without_hybrid_groups, attention_free]
+    "case",
+    [
+        nemotron_h,
+        with_a_connector,
+        with_speculation,
+        with_blocks_counted_by_the_user,
+        block_outermost,
+        without_hybrid_groups,
+        attention_free,
+    ],
 )
 def test_what_is_not_ours_to_plan_stays_vllms(sized: Any, case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config = sized()
@@ -243,6 +281,7 @@ def test_what_is_not_ours_to_plan_stays_vllms(sized: Any, case: Any, monkeypatch
         (config, "kv_transfer_config"),
         (config, "speculative_config"),
         (config.cache_config, "kv_cache_layout"),
+        (config.cache_config, "num_gpu_blocks_override"),
         (config.scheduler_config, "disable_hybrid_kv_cache_manager"),
     ):
         monkeypatch.setattr(part, name, getattr(part, name))  # put back afterwards
@@ -252,12 +291,14 @@ def test_what_is_not_ours_to_plan_stays_vllms(sized: Any, case: Any, monkeypatch
 
 def test_the_hook_of_vllm_0_33_plans_the_same_and_registering_again_wraps_nothing_twice(sized: Any) -> None:
     from vllm.v1.core import kv_cache_utils
+    from vllm.v1.engine import core
     from vllm_puzzle.serving.model import PuzzleForCausalLM
 
     config, specs = sized(), layers(GPT_OSS_PUZZLE)
-    patched = kv_cache_utils.get_kv_cache_groups
+    patched = kv_cache_utils.get_kv_cache_groups, kv_cache_utils.get_kv_cache_configs
     plugin.register()
-    assert kv_cache_utils.get_kv_cache_groups is patched
+    assert (kv_cache_utils.get_kv_cache_groups, kv_cache_utils.get_kv_cache_configs) == patched
+    assert core.get_kv_cache_configs is patched[1]
     assert PuzzleForCausalLM.get_kv_cache_groups(config, dict(specs)) == plan(config, specs).kv_cache_groups
 
 
