@@ -11,9 +11,10 @@ admission count: ⌈max_model_len / block_size⌉ for full attention, ⌈min(win
 / block_size⌉ + 1 for a window (tokens in flight: `max_num_batched_tokens` times the concurrent batches). No grouping
 needs less than the floor Σ over layers of blocks(layer).
 
-vLLM's rule takes the rarest kind's layer count as the width, whatever its blocks cost. Here every width is tried, for
-one request of `max_model_len`: a kind of n layers makes ⌈n / width⌉ groups. A grouping must need fewer pages than
-vLLM's at admission, and no more than vLLM's once the request only decodes (one token in flight, windows trimmed).
+vLLM's rule takes the rarest kind's layer count as the width (the commonest's, if less than 1.5 times that), whatever
+the blocks cost. Here every width is tried, for one request of `max_model_len`: a kind of n layers makes ⌈n / width⌉
+groups. A grouping must need fewer pages than vLLM's at admission, and no more than vLLM's once the request only decodes
+(one token in flight, windows trimmed).
 Groups cost time at every step, since each has metadata of its own, so an added group must save `SAVING_PER_GROUP` of
 the pages. Requests much shorter than `max_model_len` are not counted: where all windows still hold everything, a wider
 group's padding can cost more than vLLM's. Block sizes, and with them the grain of prefix-cache hits, stay.
