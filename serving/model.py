@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from vllm.model_executor.models.utils import (
     maybe_prefix,
 )
 from vllm.sequence import IntermediateTensors
+from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm_puzzle.serving import vllm_compat
 from vllm_puzzle.serving.hf_config import model_record
 from vllm_puzzle.serving.layers import add_and_norm, build_layer
@@ -151,6 +153,11 @@ class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle3):
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
             self.logits_processor = LogitsProcessor(record.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+
+    @classmethod
+    def get_kv_cache_groups(cls, vllm_config: VllmConfig, kv_cache_spec: dict[str, KVCacheSpec]) -> list[Any]:
+        """vLLM 0.33's hook `SupportsKVCacheGrouping`, known by this method's name; 0.32 is patched instead."""
+        return vllm_compat.plan_kv_cache_groups(vllm_config, kv_cache_spec)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids: [num_tokens] → [num_tokens, hidden_size]."""

@@ -6,6 +6,7 @@ symbol fails there, with one message.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,25 @@ LEDGER = (
     LedgerEntry(
         target="vllm.v1.core.kv_cache_utils:_get_kv_cache_bytes_per_block",
         why="as above: such a stage's blocks have no bytes, and the planner divides by them",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.v1.core.kv_cache_utils:get_kv_cache_groups",
+        why="the group size is the rarest kind's layer count, which takes 1.55 times the pages for gpt-oss-puzzle's 10 "
+        "full, 18 and 8 windowed layers. Ours replaces the result where it needs fewer (serving/kv_cache_groups.py).",
+        upstream="https://github.com/vllm-project/vllm/issues/54106 (also pull requests 49472 and 51742)",
+        remove_when="support for 0.32 ends: 0.33 asks the model class (SupportsKVCacheGrouping)",
+    ),
+    LedgerEntry(
+        target="vllm.v1.core.kv_cache_utils:get_kv_cache_configs",
+        why="knows each pipeline stage's layers and memory, on which the best groups depend",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.v1.engine.core:get_kv_cache_configs",
+        why="the same function under the name EngineCore has imported before plugins are loaded",
         upstream="as above",
         remove_when="as above",
     ),
@@ -187,10 +207,7 @@ def allow_attention_free_stages() -> None:
     Such a worker gets no tensors. One byte stands for each of its blocks, so that it never limits their number.
     Safe to call twice; other workers go through vLLM's own code.
     """
-    try:
-        from vllm.v1.core import kv_cache_planning as planner  # vLLM 0.33 moved it
-    except ImportError:
-        from vllm.v1.core import kv_cache_utils as planner
+    planner = _kv_cache_planner()
     if getattr(planner, "_puzzle_allows_empty_workers", False):
         return
     plan, bytes_per_block = planner.get_kv_cache_config_from_groups, planner._get_kv_cache_bytes_per_block
@@ -210,6 +227,47 @@ def allow_attention_free_stages() -> None:
     planner.get_kv_cache_config_from_groups = plan_or_nothing
     planner._get_kv_cache_bytes_per_block = bytes_per_block_or_one
     planner._puzzle_allows_empty_workers = True
+
+
+def plan_kv_cache_groups(vllm_config: Any, kv_cache_spec: dict[str, Any]) -> list[Any]:
+    """vLLM's grouping of the layers `kv_cache_spec` names, or ours where it needs fewer pages."""
+    from vllm_puzzle.serving.kv_cache_groups import regroup
+
+    planner = _kv_cache_planner()
+    stock = getattr(planner, "_puzzle_stock_groups", planner.get_kv_cache_groups)
+    return regroup(vllm_config, stock(vllm_config, kv_cache_spec), list(kv_cache_spec))
+
+
+def use_fewest_kv_cache_pages() -> None:
+    """Let `plan_kv_cache_groups` group the layers of every model; vLLM 0.33 asks the model class instead.
+
+    Safe to call twice. EngineCore plans for all workers at once; a GPU worker plans its own while it measures memory.
+    """
+    from vllm.model_executor.models import interfaces
+    from vllm_puzzle.serving.kv_cache_groups import stages_of
+
+    planner = _kv_cache_planner()
+    if hasattr(interfaces, "SupportsKVCacheGrouping") or hasattr(planner, "_puzzle_stock_groups"):
+        return
+    planner._puzzle_stock_groups = planner.get_kv_cache_groups
+    planner.get_kv_cache_groups = plan_kv_cache_groups
+    plan = planner.get_kv_cache_configs
+
+    def plan_with_stages(vllm_config: Any, kv_cache_specs: list[dict[str, Any]], available_memory: list[int]) -> Any:
+        with stages_of(kv_cache_specs, available_memory):
+            return plan(vllm_config, kv_cache_specs, available_memory)
+
+    planner.get_kv_cache_configs = plan_with_stages
+    if engine_core := sys.modules.get("vllm.v1.engine.core"):
+        engine_core.get_kv_cache_configs = plan_with_stages  # type: ignore[attr-defined]
+
+
+def _kv_cache_planner() -> Any:
+    try:
+        from vllm.v1.core import kv_cache_planning as planner  # vLLM 0.33 moved it
+    except ImportError:
+        from vllm.v1.core import kv_cache_utils as planner
+    return planner
 
 
 def allocate_stage_inputs_on_demand() -> None:

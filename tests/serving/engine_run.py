@@ -2,15 +2,16 @@
 
 A process of its own, because vLLM's distributed state and our environment last as long as it; several jobs share it,
 because importing vLLM takes longer than a small model's run. A job names a model folder, LLM arguments and rounds of
-prompts (token ids); the prompts of one round are served together. Output per job: one .pt file with, per prompt, the
-token ids (prompt + generated) and the log-probabilities [num_positions, vocab_size] that predicted each of them but
-the first, or the error as text.
+prompts (token ids); the prompts of one round are served together. Its "environment" also holds for later jobs.
+Output per job: one .pt file with, per prompt, the token ids (prompt + generated) and the log-probabilities
+[num_positions, vocab_size] that predicted each of them but the first, or the error as text.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -23,6 +24,7 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    os.environ.update(job.get("environment", {}))
     engine = LLM(job["model"], skip_tokenizer_init=True, max_logprobs=-1, **job["llm"])
     params = SamplingParams(
         max_tokens=job["max_tokens"], temperature=0, logprobs=-1, prompt_logprobs=job.get("prompt_logprobs", -1),

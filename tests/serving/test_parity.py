@@ -32,6 +32,7 @@ class Jobs:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.jobs, self.environment = folder, [], dict(os.environ)  # type: ignore[var-annotated]
+        self.log = ""
 
     def add(self, name: str, model: Path, llm: dict[str, Any] | None = None, **job: Any) -> None:
         """Serve `model` with our CPU settings, changed by `llm`."""
@@ -51,8 +52,9 @@ class Jobs:
         command = [sys.executable, "-P", str(RUNNER), str(file)]
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        self.log = done.stdout + done.stderr
         outcomes = {Path(job["out"]).stem: torch.load(job["out"]) for job in self.jobs}
-        return {k: v if not isinstance(v, str) else v + done.stdout + done.stderr for k, v in outcomes.items()}
+        return {k: v if not isinstance(v, str) else v + self.log for k, v in outcomes.items()}
 
 
 def bound(reference: ReferenceModel, logits: torch.Tensor) -> float:
