@@ -220,11 +220,16 @@ class ModelRecord:
         return not plain or any(_without_window(layer) != _without_window(first) for layer in self.layers)
 
 
-def check_tensor_parallel(model: ModelRecord, tp_size: int) -> None:
-    """Raise ConfigError, naming the layer, when a sub-block cannot be split over `tp_size` ranks."""
+def check_tensor_parallel(model: ModelRecord, tp_size: int, is_expert_parallel: bool = False) -> None:
+    """Raise ConfigError, naming the layer, when a sub-block cannot be split over `tp_size` ranks.
+
+    Experts are cut in their width, or, with expert parallelism, dealt out whole.
+    """
     for index, layer in enumerate(model.layers):
         for block in layer.blocks:
             _check_block(model, block, tp_size, f"layer {index}")
+            if isinstance(block.ffn, MoE):
+                check_experts(block.ffn, tp_size, is_expert_parallel, f"layer {index}, moe")
 
 
 def _check_block(model: ModelRecord, block: LayerRecord, tp_size: int, where: str) -> None:
@@ -234,8 +239,6 @@ def _check_block(model: ModelRecord, block: LayerRecord, tp_size: int, where: st
         check_divides("hidden_size", model.hidden_size, tp_size, f"{where}, linear map")
     if isinstance(block.ffn, GatedFFN):
         check_divides("intermediate_size", block.ffn.intermediate_size, tp_size, f"{where}, ffn")
-    if isinstance(block.ffn, MoE):
-        check_divides("moe_intermediate_size", block.ffn.intermediate_size, tp_size, f"{where}, moe")
 
 
 def check_heads(spec: Attention, tp_size: int, where: str) -> None:
@@ -245,6 +248,17 @@ def check_heads(spec: Attention, tp_size: int, where: str) -> None:
         raise ConfigError(
             f"{where}, key `num_key_value_heads`: found {spec.num_kv_heads}, allowed: a multiple or a divisor of "
             f"--tensor-parallel-size {tp_size}"
+        )
+
+
+def check_experts(spec: MoE, num_ranks: int, is_expert_parallel: bool, where: str) -> None:
+    """A layer's experts must be as many as the expert-parallel ranks, or as wide as to be cut for the tensor ones."""
+    if not is_expert_parallel:
+        check_divides("moe_intermediate_size", spec.intermediate_size, num_ranks, where)
+    elif spec.num_experts < num_ranks:
+        raise ConfigError(
+            f"{where}, key `num_experts`: found {spec.num_experts}, allowed: at least the {num_ranks} "
+            "expert-parallel ranks"
         )
 
 

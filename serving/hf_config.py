@@ -8,6 +8,7 @@ unchanged and keeps vLLM's class and speed.
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -21,15 +22,17 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
-from vllm_puzzle.model_configs.formats import read_model
+from vllm_puzzle.model_configs.formats import BASE_ARCHITECTURES, read_model
 from vllm_puzzle.model_configs.nemotron_h import block_types
 from vllm_puzzle.model_configs.per_layer import GPT_OSS, global_window
 from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord, MoE
+from vllm_puzzle.serving.overrides import DISABLE_OVERRIDES, keeps_stock, say_once
 from vllm_puzzle.serving.servable import is_ours
 
 PUZZLE_ARCHITECTURE = "PuzzleForCausalLM"
 # A name of its own: vLLM sets gpt-oss's defaults (parser, quantization, graph sizes) by architecture.
 GPT_OSS_ARCHITECTURE = "GptOssPuzzleForCausalLM"
+STOCK_ARCHITECTURES = frozenset(BASE_ARCHITECTURES.values())
 
 
 @strict
@@ -72,8 +75,16 @@ class MaybeHeterogeneous:
 
     def _take_over(self) -> None:
         """Name our class where the records need it."""
-        if is_ours(model_record(self)):
-            self.architectures = [GPT_OSS_ARCHITECTURE if self.model_type in GPT_OSS else PUZZLE_ARCHITECTURE]
+        if not is_ours(model_record(self)):
+            return
+        ours = GPT_OSS_ARCHITECTURE if self.model_type in GPT_OSS else PUZZLE_ARCHITECTURE
+        stated = next(iter(self.architectures or []), None)
+        if stated in STOCK_ARCHITECTURES:
+            if keeps_stock():
+                say_once(logging.WARNING, f"layers differ, but {DISABLE_OVERRIDES} keeps vLLM's {stated}")
+                return
+            say_once(logging.INFO, f"layers differ: {ours} serves them in place of vLLM's {stated}")
+        self.architectures = [ours]
 
     def _spread_window(self, per_layer_config: Any, kwargs: dict[str, Any]) -> dict[int, Any]:
         """Give every layer its window by name: vLLM would put a global value on every layer (CacheConfig)."""

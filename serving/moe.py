@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_ep_group, get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
+from vllm.distributed import get_ep_group, get_tp_group, tensor_model_parallel_all_gather
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
 from vllm.model_executor.models.gpt_oss import GptOssRoutedExperts
 from vllm.model_executor.models.utils import sequence_parallel_chunk
 from vllm.platforms import current_platform
 from vllm_puzzle.kernels.reference import mxfp4_dequantize
 from vllm_puzzle.model_configs.per_layer import GPT_OSS
-from vllm_puzzle.model_configs.schema import ConfigError, GatedFFN, ModelRecord, MoE, check_divides
+from vllm_puzzle.model_configs.schema import ConfigError, GatedFFN, ModelRecord, MoE, check_experts
 from vllm_puzzle.serving.ffn import PuzzleFFN
 
 # Checkpoint projection → (vLLM's fused parameter, its part): gate and up lie in one matrix.
@@ -125,13 +125,11 @@ def _runs_mxfp4() -> bool:
 
 
 def _check_split(spec: MoE, is_expert_parallel: bool, where: str) -> None:
-    if not is_expert_parallel:
-        check_divides("moe_intermediate_size", spec.intermediate_size, get_tensor_model_parallel_world_size(), where)
-    elif get_ep_group().world_size > spec.num_experts:
-        raise ConfigError(
-            f"{where}, key `num_experts`: found {spec.num_experts}, allowed: at least the "
-            f"{get_ep_group().world_size} expert-parallel ranks"
-        )
+    group = get_ep_group() if is_expert_parallel else get_tp_group()
+    check_experts(spec, group.world_size, is_expert_parallel, where)
+    if is_expert_parallel and group.world_size > 1 and current_platform.is_cpu():
+        # vLLM 0.32's CPU kernel takes global expert numbers as local ones, and its worker dies.
+        raise ConfigError("flag --enable-expert-parallel: found on CPU, allowed: on GPUs")
 
 
 def _sigmoid_of_top(

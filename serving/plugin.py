@@ -7,7 +7,6 @@ while it loads an entry point, but not errors inside `register()`. Safe to call 
 from __future__ import annotations
 
 import logging
-import os
 
 # Architecture name in config.json → class. A name that vLLM has too is replaced, said at info level.
 MODELS = {
@@ -16,7 +15,6 @@ MODELS = {
     "GptOssPuzzleForCausalLM": "vllm_puzzle.serving.model:PuzzleForCausalLM",
 }
 OVERRIDES = ("DeciLMForCausalLM",)
-DISABLE_OVERRIDES = "VLLM_PUZZLE_DISABLE_OVERRIDES"
 
 
 def register() -> None:
@@ -25,6 +23,7 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm_puzzle.serving import vllm_compat
     from vllm_puzzle.serving.hf_config import CONFIGS
+    from vllm_puzzle.serving.overrides import DISABLE_OVERRIDES, say_once
 
     vllm_compat.check_vllm_version()
     vllm_compat.allow_attention_free_stages()
@@ -36,7 +35,7 @@ def register() -> None:
     for name in _served_names():
         ModelRegistry.register_model(name, MODELS[name])
         if name in OVERRIDES:
-            _logger().info("vllm-puzzle serves %s in place of vLLM's class (%s=1 keeps it)", name, DISABLE_OVERRIDES)
+            say_once(logging.INFO, f"serves {name} in place of vLLM's class ({DISABLE_OVERRIDES}=1 keeps it)")
     if "DeciLMForCausalLM" in _served_names():
         vllm_compat.use_record_sizes("nemotron-nas")
 
@@ -57,11 +56,6 @@ def register_classes() -> None:
 
 
 def _served_names() -> list[str]:
-    keep_stock = os.environ.get(DISABLE_OVERRIDES, "0") not in ("", "0")
-    return [name for name in MODELS if not (keep_stock and name in OVERRIDES)]
+    from vllm_puzzle.serving.overrides import keeps_stock
 
-
-def _logger() -> logging.Logger:
-    from vllm.logger import init_logger
-
-    return init_logger("vllm.puzzle")
+    return [name for name in MODELS if not (keeps_stock() and name in OVERRIDES)]

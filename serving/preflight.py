@@ -37,6 +37,7 @@ class Request:
     num_ranks: int
     num_stages: int
     tensor_parallel_size: int
+    is_expert_parallel: bool
     needs_tokenizer: bool
 
     @property
@@ -67,6 +68,7 @@ def read_request(argv: Sequence[str]) -> Request:
     parser.add_argument("--tokenizer")
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--skip-tokenizer-init", action="store_true")
+    parser.add_argument("--enable-expert-parallel", "-ep", action="store_true")
     for size in ("tensor", "pipeline", "data"):
         parser.add_argument(f"--{size}-parallel-size", f"-{size[0]}p", default="1")
     # The model comes first, as in `vllm serve MODEL`; a later bare word may be the value of a flag we do not know.
@@ -87,6 +89,7 @@ def read_request(argv: Sequence[str]) -> Request:
         num_ranks=sizes[0] * sizes[1] * sizes[2],
         num_stages=sizes[1],
         tensor_parallel_size=sizes[0],
+        is_expert_parallel=found.enable_expert_parallel,
         needs_tokenizer=not found.skip_tokenizer_init,
     )
 
@@ -111,7 +114,7 @@ def check(request: Request) -> ModelRecord | None:
     if record is not None:
         if is_ours(record):
             check_servable(record)
-        check_tensor_parallel(record, request.tensor_parallel_size)
+        check_tensor_parallel(record, request.tensor_parallel_size, request.is_expert_parallel)
     if request.load_format in ("auto", "safetensors"):
         _check_weights(path, config, record)
     return record

@@ -98,8 +98,8 @@ LEDGER = (
     ),
     LedgerEntry(
         target="vllm.config:ModelConfig.try_get_generation_config",
-        why="gpt-oss-puzzle's generation_config.json leaves the end token <|call|> out; vLLM 0.32 takes end tokens from "
-        "that file alone (--override-generation-config does not reach them)",
+        why="gpt-oss-puzzle's generation_config.json leaves the end token <|call|> out; vLLM 0.32 takes end tokens "
+        "from that file alone (--override-generation-config does not reach them)",
         upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/engine/input_processor.py",
         remove_when="the model's files name the token, or vLLM's Harmony code stops at it",
     ),

@@ -17,6 +17,17 @@ ROOT = Path(__file__).resolve().parent.parent
 REFERENCE_CONFIGS = ROOT / "tests" / "configs"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none; the summary names each."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and this machine has none"))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository's root."""

@@ -212,7 +212,9 @@ def test_the_linear_map_is_a_better_fit_than_leaving_the_attention_out(parent: P
     sample = step_batches(0, 0, 1.0, 2048)
     inputs = layer_inputs(parent, sample)[3]
     matrix = fit_linear(parent, 3, inputs)
-    wanted = torch.cat([parent.attention_block(3, PARENT.layers[3], hidden)[real] for hidden, real in inputs])
+    wanted = torch.cat(
+        [parent.attention_block("model.layers.3", PARENT.layers[3], hidden)[real] for hidden, real in inputs]
+    )
     normed = torch.cat([parent._norm(hidden, "model.layers.3.input_layernorm.weight")[real] for hidden, real in inputs])
     assert (normed @ matrix.T - wanted).square().sum() < wanted.square().sum()
 

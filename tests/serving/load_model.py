@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 
 def main(jobs_file: str) -> None:
     from vllm.config import set_current_vllm_config
@@ -19,6 +21,7 @@ def main(jobs_file: str) -> None:
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.model_loader import get_model
 
+    torch.accelerator.empty_cache = lambda: None  # as vLLM's CPU worker does: there is no accelerator
     is_initialized = False
     for job in json.loads(Path(jobs_file).read_text()):
         config = EngineArgs(job["model"], skip_tokenizer_init=True, **job["llm"]).create_engine_config()

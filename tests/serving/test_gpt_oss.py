@@ -1,4 +1,4 @@
-"""gpt-oss-puzzle's storage: MXFP4 experts, calibrated KV scales under three names, the end token its files forget."""
+"""gpt-oss-puzzle as stored: MXFP4 experts, calibrated KV scales under three names, the end token its files forget."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ from vllm_puzzle.model_configs.tensors import model_tensors
 # The published `quantization_config` of gpt-oss.
 MXFP4 = {
     "quant_method": "mxfp4",
-    "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
 }
 PLAIN = families.FAMILIES["gpt_oss_puzzle"] | {"torch_dtype": "bfloat16"}
 PACKED = PLAIN | {"quantization_config": MXFP4}

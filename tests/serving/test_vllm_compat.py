@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import families
 import pytest
 from vllm_puzzle.serving import plugin, vllm_compat
@@ -96,3 +98,24 @@ def test_a_homogeneous_llama_keeps_vllms_class_and_a_heterogeneous_one_gets_ours
     assert windowed.sliding_window is None
     windows = [layer.attention.sliding_window for layer in model_record(windowed).layers if layer.attention]  # type: ignore[union-attr]
     assert windows == [12, 12, 16, 12]
+
+
+def test_taking_a_stock_class_place_is_said_once_and_can_be_switched_off(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_puzzle.serving import overrides
+    from vllm_puzzle.serving.hf_config import PuzzleLlamaConfig
+
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # vLLM switches it off, and caplog with it
+    monkeypatch.setattr(overrides, "_said", set())
+    config = {k: v for k, v in families.FAMILIES["llama"].items() if k != "model_type"}
+    with caplog.at_level("INFO", logger="vllm.puzzle"):
+        for _ in range(2):
+            PuzzleLlamaConfig(**config)
+        assert [r.getMessage() for r in caplog.records] == [
+            "vllm-puzzle: layers differ: PuzzleForCausalLM serves them in place of vLLM's LlamaForCausalLM"
+        ]
+        monkeypatch.setenv(overrides.DISABLE_OVERRIDES, "1")
+        assert PuzzleLlamaConfig(**config).architectures == ["LlamaForCausalLM"]
+    assert caplog.records[-1].levelname == "WARNING"
+    assert plugin._served_names() == ["PuzzleForCausalLM", "GptOssPuzzleForCausalLM"]
