@@ -30,6 +30,7 @@ from vllm.sequence import IntermediateTensors
 from vllm_puzzle.serving import vllm_compat
 from vllm_puzzle.serving.hf_config import model_record
 from vllm_puzzle.serving.layers import PuzzleDecoderLayer, add_and_norm
+from vllm_puzzle.serving.quantized_layers import check_layers, prepare_quantization
 from vllm_puzzle.serving.stages import use_partition_by_cost
 from vllm_puzzle.serving.weights import TensorAccount
 
@@ -123,6 +124,7 @@ class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         super().__init__()
         self.config = vllm_config.model_config.hf_config
         self.quant_config = vllm_config.quant_config
+        self.quantization = prepare_quantization(vllm_config, model_record(self.config))
         self.model = PuzzleModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.record = record = self.model.record
         self.lm_head = PPMissingLayer()
@@ -137,6 +139,7 @@ class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
             self.logits_processor = LogitsProcessor(record.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        check_layers(self, self.quantization)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids: [num_tokens] → [num_tokens, hidden_size]."""
@@ -158,5 +161,5 @@ class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint and return vLLM's names of what was loaded. Raises WeightsError (see weights.py)."""
-        account = TensorAccount(self.record, quantized=self.quant_config is not None)
+        account = TensorAccount(self.record, self.quantization)
         return AutoWeightsLoader(self).load_weights(account.watch(weights), mapper=self.hf_to_vllm_mapper)

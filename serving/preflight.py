@@ -14,13 +14,13 @@ from typing import Any
 
 from vllm_puzzle.model_configs.formats import FAMILIES, read_model
 from vllm_puzzle.model_configs.json_values import read_object
+from vllm_puzzle.model_configs.quantization_formats import LEGACY_FILE, load_quantization, quantization_entry
 from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord, MoE, check_tensor_parallel
-from vllm_puzzle.serving.weights import TensorAccount, WeightsError, place
+from vllm_puzzle.serving.weights import TensorAccount, WeightsError
 
 POCKET = Path(__file__).resolve().parent.parent / "model_configs" / "pocket"
 OUR_ARCHITECTURES = ("DeciLMForCausalLM", "PuzzleForCausalLM", "AnyModel")
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
-FLOAT_DTYPES = ("BF16", "F16", "F32")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 
 
@@ -191,6 +191,15 @@ def is_ours(record: ModelRecord) -> bool:
     return record.is_heterogeneous or record.architecture in OUR_ARCHITECTURES
 
 
+def allows_float32(model: str) -> bool:
+    """Whether vLLM serves the model in float32: a ModelOpt checkpoint runs in 16 bits only."""
+    file = Path(model) / "config.json"
+    if not file.is_file():
+        return True
+    method = str(quantization_entry(read_object(file)).get("quant_method", ""))
+    return not method.startswith("modelopt") and not (Path(model) / LEGACY_FILE).is_file()
+
+
 def _check_servable(record: ModelRecord) -> None:
     """What our class cannot build yet (vLLM's own classes serve homogeneous models of these kinds)."""
     for index, layer in enumerate(record.layers):
@@ -209,14 +218,11 @@ def _check_weights(path: Path, config: dict[str, Any], record: ModelRecord | Non
     files = _weight_files(path)
     account = None
     if record is not None and is_ours(record):
-        account = TensorAccount(record, quantized="quantization_config" in config)
+        account = TensorAccount(record, load_quantization(record, path, config))
     for file in files:
         for name, entry in read_safetensors_header(file):
-            if account is None:
-                continue
-            account.see(name, tuple(entry["shape"]))
-            if not account.quantized and entry["dtype"] not in FLOAT_DTYPES:
-                raise WeightsError(f"{place(name)}: found dtype {entry['dtype']}, allowed: {', '.join(FLOAT_DTYPES)}")
+            if account is not None:
+                account.see(name, tuple(entry["shape"]), entry["dtype"])
     if account is not None:
         account.close()
 

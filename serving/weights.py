@@ -12,14 +12,24 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from vllm_puzzle.model_configs.quantization import SCALAR, Quantization, Stored, kv_scale_names, stored_tensors
 from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord, Shape
-from vllm_puzzle.model_configs.tensors import model_tensors
 
 logger = logging.getLogger("vllm.puzzle")
 T = TypeVar("T")
 # Recomputed from the config by every engine; old Llama exports carry it.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
 MAX_NAMED = 5
+DTYPE_NAMES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "int8": "I8",
+    "uint8": "U8",
+    "int32": "I32",
+    "int64": "I64",
+}
 
 
 class WeightsError(ConfigError):
@@ -27,33 +37,44 @@ class WeightsError(ConfigError):
 
 
 class TensorAccount:
-    """Ticks tensors off against a model's table; `quantized` checkpoints are held to module names only,
-    because each scheme stores its own tensors per module (scales, packed weights).
+    """Ticks tensors off against a model's table: each name once, with its shape and its element type.
+
+    Of the FP8 KV-cache scales, in any published spelling, all must come or none: without them vLLM takes 1.0.
     """
 
-    def __init__(self, record: ModelRecord, quantized: bool = False) -> None:
+    def __init__(self, record: ModelRecord, quantization: Quantization | None = None) -> None:
         self.record = record
-        self.quantized = quantized
-        self.expected = model_tensors(record)
+        self.expected = stored_tensors(record, quantization)
         self.missing = set(self.expected)
-        self.modules = {name.rpartition(".")[0] for name in self.expected}
+        has_scales = quantization is not None and quantization.has_kv_scales
+        self.kv_scales = kv_scale_names(record) if has_scales else {}
+        self.missing_scales = set(self.kv_scales.values())
+        if quantization is not None and quantization.idle:
+            logger.warning("%s", idle_entries(quantization))
 
-    def see(self, name: str, shape: Shape) -> bool:
-        """Tick one tensor off; False when it is to be ignored. Raises WeightsError for surplus or misshapen ones."""
+    def see(self, name: str, shape: Shape, dtype: str) -> bool:
+        """Tick one tensor off; False when it is to be ignored. `dtype` is in safetensors' words.
+
+        Raises WeightsError for surplus, misshapen, repeated and wrongly typed ones.
+        """
         if IGNORED.search(name) or (name == "lm_head.weight" and self.record.tie_word_embeddings):
             return False
         if self._is_idle_norm(name):
             logger.warning("%s: left out, as the layer skips the sub-block that it would norm", place(name))
             return False
-        if self.quantized:
-            return self._see_quantized(name)
-        if name not in self.expected:
+        is_scale = name in self.kv_scales
+        stored = Stored(SCALAR) if is_scale else self.expected.get(name)
+        if stored is None:
             raise WeightsError(f"{place(name)}: found a tensor that the configuration has no place for, allowed: none")
-        if tuple(shape) != self.expected[name]:
-            raise WeightsError(f"{place(name)}: found shape {tuple(shape)}, allowed: {self.expected[name]}")
-        if name not in self.missing:
+        if tuple(shape) not in stored.shapes:
+            allowed = " or ".join(str(allowed) for allowed in stored.shapes)
+            raise WeightsError(f"{place(name)}: found shape {tuple(shape)}, allowed: {allowed}")
+        if dtype not in stored.dtypes:
+            raise WeightsError(f"{place(name)}: found dtype {dtype}, allowed: {', '.join(stored.dtypes)}")
+        missing, key = (self.missing_scales, self.kv_scales[name]) if is_scale else (self.missing, name)
+        if key not in missing:
             raise WeightsError(f"{place(name)}: found twice, allowed: once")
-        self.missing.remove(name)
+        missing.remove(key)
         return True
 
     def _is_idle_norm(self, name: str) -> bool:
@@ -66,6 +87,11 @@ class TensorAccount:
 
     def close(self) -> None:
         """Raises WeightsError naming the tensors that never came."""
+        all_scales = set(self.kv_scales.values())
+        if all_scales and self.missing_scales == all_scales:
+            logger.warning("KV-cache scales: none in the checkpoint, 1.0 is used")
+        elif self.missing_scales:
+            self.missing |= self.missing_scales
         if self.missing:
             names = sorted(self.missing, key=_natural)
             more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
@@ -75,20 +101,24 @@ class TensorAccount:
     def watch(self, weights: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
         """Pass (name, tensor) pairs through, ticking each off; complains at the end about what is missing."""
         for name, tensor in weights:
-            if self.see(name, tuple(tensor.shape)):  # type: ignore[attr-defined]
+            if self.see(name, tuple(tensor.shape), dtype_name(tensor.dtype)):  # type: ignore[attr-defined]
                 yield name, tensor
         self.close()
 
-    def _see_quantized(self, name: str) -> bool:
-        module = name.rpartition(".")[0]
-        # KV-cache scales sit on the attention itself or on its k/v projections.
-        owner = (
-            module if module in self.modules else next((m for m in self.modules if m.startswith(f"{module}.")), None)
-        )
-        if owner is None:
-            raise WeightsError(f"{place(name)}: found a tensor that the configuration has no place for, allowed: none")
-        self.missing = {want for want in self.missing if want.rpartition(".")[0] != module}
-        return True
+
+def idle_entries(quantization: Quantization) -> str:
+    """One line about list entries without a module: normal where the parent's list came along with a no-op layer.
+
+    It is safe to go on: every matrix of the checkpoint is held to what was decided for it, scales included.
+    """
+    listed = ", ".join(quantization.idle[:MAX_NAMED])
+    return f"quantization: {len(quantization.idle)} list entries match no module of this model ({listed}, ...)"
+
+
+def dtype_name(dtype: object) -> str:
+    """safetensors' name of a torch dtype: torch.float8_e4m3fn → F8_E4M3."""
+    name = str(dtype).removeprefix("torch.")
+    return DTYPE_NAMES.get(name, name)
 
 
 def place(name: str) -> str:
