@@ -56,9 +56,16 @@ def check_layers(root: nn.Module, quantization: Quantization | None) -> None:
 
 
 def _check_kernels(quantization: Quantization) -> None:
-    packed = next((scheme.name for scheme in quantization.schemes.values() if scheme.is_packed_int), None)
+    """Refuse what vLLM's CPU build accepts and then fails at, or computes wrongly."""
+    schemes = sorted(set(quantization.schemes.values()), key=lambda scheme: scheme.name)
+    packed = next((scheme for scheme in schemes if scheme.is_packed_int), None)
     if packed is not None and not vllm_compat.has_packed_int_kernel():
-        raise ConfigError(f"quantization: found {packed}, allowed on this CPU: FP8 or INT8 W8A8 (no AVX-512)")
+        raise ConfigError(f"quantization: found {packed.name}, allowed on this CPU: FP8 (packed weights need AVX-512)")
+    int8 = next((scheme for scheme in schemes if scheme.weight_dtype == "I8"), None)
+    if int8 is not None and not vllm_compat.has_exact_int8_kernel():
+        raise ConfigError(
+            f"quantization: found {int8.name}, allowed on this CPU: FP8 (without VNNI its INT8 products saturate)"
+        )
 
 
 def _use_exact_names(quant_config: QuantizationConfig, model: ModelRecord, quantization: Quantization) -> None:

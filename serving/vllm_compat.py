@@ -75,9 +75,21 @@ LEDGER = (
     LedgerEntry(
         target="vllm._custom_ops:cpu_gemm_wna16",
         why="the CPU build for AVX2 takes packed INT4 weights and fails at the first token: its C++ lacks the operator",
-        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/model_executor/kernels/linear/mixed_precision/"
-        "cpu.py (can_implement)",
+        upstream="https://github.com/vllm-project/vllm/issues/55613",
         remove_when="vLLM's CPU kernel for it says so itself",
+    ),
+    LedgerEntry(
+        target="vllm._custom_ops:create_onednn_scaled_mm",
+        why="on a CPU without VNNI, oneDNN adds pairs of INT8 products in 16 bits that saturate: INT8 W8A8 answers are "
+        "silently wrong there, with any model. One product tells, before the model loads",
+        upstream="https://github.com/vllm-project/vllm/pull/41318 (INT8 for AVX2); oneDNN, nuances of int8 computations",
+        remove_when="vLLM refuses INT8 on such a CPU, or computes it exactly",
+    ),
+    LedgerEntry(
+        target="vllm._custom_ops:onednn_scaled_int8_quant", why="as above", upstream="as above", remove_when="as above"
+    ),
+    LedgerEntry(
+        target="vllm._custom_ops:onednn_scaled_mm", why="as above", upstream="as above", remove_when="as above"
     ),
     LedgerEntry(
         target="vllm.entrypoints.cli.serve:ServeSubcommand",
@@ -216,6 +228,24 @@ def has_packed_int_kernel() -> bool:
     from vllm.platforms import current_platform
 
     return not current_platform.is_cpu() or hasattr(torch.ops._C, "cpu_gemm_wna16")
+
+
+def has_exact_int8_kernel() -> bool:
+    """Whether this vLLM multiplies INT8 matrices exactly, tried with the largest values."""
+    import torch
+    from vllm import _custom_ops as ops
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return True
+    size = 64
+    weight = torch.full((size, size), 127, dtype=torch.int8)
+    handler = ops.create_onednn_scaled_mm(weight.t(), torch.ones(size, 1), torch.float32, True, False, 32)
+    values, scales, zero_points = ops.onednn_scaled_int8_quant(torch.ones(1, size), None, None, True)
+    product, no_shift = torch.empty(1, size), torch.zeros(1, size)
+    ops.onednn_scaled_mm(handler, values, product, scales, zero_points, no_shift, None)
+    # 64 products of 127 · (127 / 127), in float32: 7 bits of headroom each way.
+    return bool(torch.allclose(product, torch.tensor(127.0 * size), rtol=2**-20))
 
 
 def serve_command() -> tuple[Any, Any]:

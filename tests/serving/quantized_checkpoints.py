@@ -26,8 +26,9 @@ from vllm_puzzle.serving.reference_model import ReferenceModel
 FP8 = torch.float8_e4m3fn
 KV_SCALES = {"k": 0.05, "v": 0.03}  # of the first attention; the second has twice these, and so on
 Rounding = Callable[[Tensor], Tensor]
-# Sizes that every kernel takes: multiples of 32. Layers 0 to 9 as in checkpoints.ALL_KINDS.
-BLOCKS = copy.deepcopy(checkpoints.ALL_KINDS)
+# Sizes that every kernel takes: multiples of 32. Layers 0 to 9 as in checkpoints.ALL_KINDS, and one whose number begins
+# like layer 1's.
+BLOCKS = [*copy.deepcopy(checkpoints.ALL_KINDS), checkpoints.deci_block(2, 64)]
 for _block in BLOCKS:
     _width = _block["ffn"]["intermediate_size"]
     _block["ffn"]["intermediate_size"] = {48: 64, 40: 32}.get(_width, _width)
@@ -204,10 +205,17 @@ KINDS = {
             "quantization": {
                 "quant_algo": "FP8",
                 "kv_cache_quant_algo": "FP8",
-                "exclude_modules": ["lm_head", "model.layers.3.self_attn*", "model.layers.4.self_attn.linear_attn"],
+                # The pair is what ModelOpt writes for layer 1 when layer 10 is quantized.
+                "exclude_modules": [
+                    "lm_head",
+                    "model.layers.1",
+                    "model.layers.1.*",
+                    "model.layers.3.self_attn*",
+                    "model.layers.4.self_attn.linear_attn",
+                ],
             },
         },
-        _unless("layers.3.self_attn", "layers.4.self_attn", layout=fp8_per_tensor),
+        _unless("layers.1.", "layers.3.self_attn", "layers.4.self_attn", layout=fp8_per_tensor),
         is_legacy=True,
         kv_spelling="{0}_proj.{0}_scale",
         dtype="bfloat16",

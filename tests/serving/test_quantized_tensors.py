@@ -1,0 +1,127 @@
+"""Each tensor of each quantized checkpoint is accounted for: dropped, renamed, reshaped, retyped or doubled is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import quantized_checkpoints as quantized
+from vllm_puzzle.model_configs.formats import read_model
+from vllm_puzzle.model_configs.json_values import read_object
+from vllm_puzzle.model_configs.quantization_formats import load_quantization
+from vllm_puzzle.model_configs.schema import Shape
+from vllm_puzzle.serving.preflight import check, read_request, read_safetensors_header
+from vllm_puzzle.serving.weights import TensorAccount, WeightsError, place
+
+Header = tuple[str, Shape, str]
+
+
+class Checkpoint:
+    """One written checkpoint: its tensors' headers, and a fresh account of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        config = read_object(folder / "config.json")
+        self.record = read_model(config)
+        self.quantization = load_quantization(self.record, folder, config)
+        entries = read_safetensors_header(folder / "model.safetensors")
+        self.headers = [(name, tuple(entry["shape"]), entry["dtype"]) for name, entry in entries]
+
+    def account(self, headers: Iterable[Header]) -> None:
+        account = TensorAccount(self.record, self.quantization)
+        for header in headers:
+            account.see(*header)
+        account.close()
+
+    def refusal(self, headers: Iterable[Header]) -> str:
+        with pytest.raises(WeightsError) as caught:
+            self.account(headers)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+
+@pytest.fixture(scope="module", params=quantized.KINDS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("tensors") / "model"
+    quantized.write(folder, request.param)
+    return Checkpoint(folder)
+
+
+def test_the_checkpoint_passes_the_check_before_the_start(checkpoint: Checkpoint) -> None:
+    assert check(read_request([str(checkpoint.folder), "--skip-tokenizer-init", "--port", "0"])) == checkpoint.record
+    checkpoint.account(checkpoint.headers)
+
+
+def test_any_dropped_tensor_is_named(checkpoint: Checkpoint) -> None:
+    for header in checkpoint.headers:
+        error = checkpoint.refusal(other for other in checkpoint.headers if other is not header)
+        owner, _, last = header[0].rpartition(".")
+        # A KV-cache scale may be spelled in three ways; the first is the one that is asked for.
+        is_scale = last in ("k_scale", "v_scale")
+        name = f"{owner.partition('.self_attn')[0]}.self_attn.{last}" if is_scale else header[0]
+        assert place(name) in error, header
+
+
+def test_any_renamed_tensor_is_named(checkpoint: Checkpoint) -> None:
+    for header in checkpoint.headers:
+        renamed = (f"{header[0]}_inv", *header[1:])
+        error = checkpoint.refusal(renamed if other is header else other for other in checkpoint.headers)
+        assert f"{place(renamed[0])}: found a tensor that the configuration has no place for" in error
+
+
+def test_any_tensor_of_another_shape_is_named(checkpoint: Checkpoint) -> None:
+    # A square matrix looks the same when it is transposed; such a one is cut short instead.
+    for name, shape, dtype in checkpoint.headers:
+        other = shape[::-1] if shape[::-1] != shape else (*shape[:-1], 3)
+        error = checkpoint.refusal((n, other if n == name else s, d) for n, s, d in checkpoint.headers)
+        assert f"{place(name)}: found shape {other}, allowed: " in error
+
+
+def test_any_tensor_of_another_type_is_named(checkpoint: Checkpoint) -> None:
+    # The quantized values stored plain, and plain ones stored as bytes.
+    for name, _, dtype in checkpoint.headers:
+        other = "I8" if dtype in ("F32", "BF16") else "BF16"
+        error = checkpoint.refusal((n, s, other if n == name else d) for n, s, d in checkpoint.headers)
+        assert f"{place(name)}: found dtype {other}, allowed: " in error
+
+
+def test_any_tensor_that_comes_twice_is_named(checkpoint: Checkpoint) -> None:
+    for header in checkpoint.headers:
+        assert f"{place(header[0])}: found twice" in checkpoint.refusal([*checkpoint.headers, header])
+
+
+@pytest.fixture(scope="module")
+def kv_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("scales") / "model"
+    quantized.write(folder, "fp8 kv")
+    return Checkpoint(folder)
+
+
+@pytest.mark.parametrize("spelling", ["{0}_scale", "attn.{0}_scale", "{0}_proj.{0}_scale"])
+def test_kv_scales_come_in_three_spellings_each_once(kv_checkpoint: Checkpoint, spelling: str) -> None:
+    respelled = [
+        (f"{name.rpartition('.')[0]}.{spelling.format(name[-7])}" if name.endswith("_scale") else name, shape, dtype)
+        for name, shape, dtype in kv_checkpoint.headers
+    ]
+    kv_checkpoint.account(respelled)
+    again = ("model.layers.2.self_attn.v_proj.v_scale", (), "F32")
+    assert "layer 2, tensor `self_attn.v_proj.v_scale`: found twice" in kv_checkpoint.refusal([*respelled, again])
+
+
+def test_without_any_kv_scale_it_goes_on_aloud(
+    kv_checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # vLLM switches it off, and caplog with it
+    with caplog.at_level("WARNING", logger="vllm.puzzle"):
+        kv_checkpoint.account(header for header in kv_checkpoint.headers if not header[0].endswith("_scale"))
+    assert "KV-cache scales: none in the checkpoint, 1.0 is used" in caplog.text
+
+
+def test_a_plain_checkpoint_has_no_place_for_scales(tmp_path: Path) -> None:
+    quantized.write(tmp_path / "model", "modelopt fp8")
+    (tmp_path / "model" / "hf_quant_config.json").unlink()
+    with pytest.raises(WeightsError, match=r"found dtype F8_E4M3, allowed: BF16|no place for"):
+        check(read_request([str(tmp_path / "model"), "--skip-tokenizer-init", "--port", "0"]))
