@@ -32,7 +32,7 @@ from vllm_puzzle.serving.hf_config import model_record
 from vllm_puzzle.serving.layers import PuzzleDecoderLayer, add_and_norm
 from vllm_puzzle.serving.quantized_layers import check_layers, prepare_quantization
 from vllm_puzzle.serving.stages import use_partition_by_cost
-from vllm_puzzle.serving.weights import TensorAccount
+from vllm_puzzle.serving.weights import TensorAccount, check_shared_scales
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0})
@@ -162,4 +162,5 @@ class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint and return vLLM's names of what was loaded. Raises WeightsError (see weights.py)."""
         account = TensorAccount(self.record, self.quantization)
+        weights = check_shared_scales(weights, self.quantization)
         return AutoWeightsLoader(self).load_weights(account.watch(weights), mapper=self.hf_to_vllm_mapper)

@@ -82,7 +82,7 @@ LEDGER = (
         target="vllm._custom_ops:create_onednn_scaled_mm",
         why="on a CPU without VNNI, oneDNN adds pairs of INT8 products in 16 bits that saturate: INT8 W8A8 answers are "
         "silently wrong there, with any model. One product tells, before the model loads",
-        upstream="https://github.com/vllm-project/vllm/pull/41318 (INT8 for AVX2); oneDNN, nuances of int8 computations",
+        upstream="https://github.com/vllm-project/vllm/pull/41318 (INT8 for AVX2)",
         remove_when="vLLM refuses INT8 on such a CPU, or computes it exactly",
     ),
     LedgerEntry(

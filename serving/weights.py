@@ -12,7 +12,14 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from vllm_puzzle.model_configs.quantization import SCALAR, Quantization, Stored, kv_scale_names, stored_tensors
+from vllm_puzzle.model_configs.quantization import (
+    SCALAR,
+    Quantization,
+    Stored,
+    fused_name,
+    kv_scale_names,
+    stored_tensors,
+)
 from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord, Shape
 
 logger = logging.getLogger("vllm.puzzle")
@@ -104,6 +111,23 @@ class TensorAccount:
             if self.see(name, tuple(tensor.shape), dtype_name(tensor.dtype)):  # type: ignore[attr-defined]
                 yield name, tensor
         self.close()
+
+
+def check_shared_scales(weights: Iterable[tuple[str, T]], quantization: Quantization | None) -> Iterator[tuple[str, T]]:
+    """Pass (name, tensor) pairs through; WeightsError where an INT8 layer's shards have different static input scales.
+
+    vLLM keeps one number for the fused layer, the one that comes last.
+    """
+    first: dict[str, tuple[str, float]] = {}
+    for name, tensor in weights:
+        module, _, part = name.rpartition(".")
+        scheme = quantization.schemes.get(module) if quantization is not None else None
+        if scheme is not None and scheme.weight_dtype == "I8" and part in scheme.scalars:
+            value = float(tensor)  # type: ignore[arg-type]
+            other, expected = first.setdefault(f"{fused_name(module)}.{part}", (name, value))
+            if value != expected:
+                raise WeightsError(f"{place(name)}: found {value:.6g}, allowed: {expected:.6g} as in {place(other)}")
+        yield name, tensor
 
 
 def idle_entries(quantization: Quantization) -> str:

@@ -1,4 +1,4 @@
-"""Each tensor of each quantized checkpoint is accounted for: dropped, renamed, reshaped, retyped or doubled is refused."""
+"""Each tensor of each quantized checkpoint counts: dropped, renamed, reshaped, retyped or doubled, it is refused."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import quantized_checkpoints as quantized
+from safetensors.torch import load_file
 from vllm_puzzle.model_configs.formats import read_model
 from vllm_puzzle.model_configs.json_values import read_object
 from vllm_puzzle.model_configs.quantization_formats import load_quantization
 from vllm_puzzle.model_configs.schema import Shape
-from vllm_puzzle.serving.preflight import check, read_request, read_safetensors_header
-from vllm_puzzle.serving.weights import TensorAccount, WeightsError, place
+from vllm_puzzle.serving.cpu_defaults import cpu_settings
+from vllm_puzzle.serving.preflight import allows_float32, check, read_request, read_safetensors_header
+from vllm_puzzle.serving.weights import TensorAccount, WeightsError, check_shared_scales, place
 
 Header = tuple[str, Shape, str]
 
@@ -72,7 +74,7 @@ def test_any_renamed_tensor_is_named(checkpoint: Checkpoint) -> None:
 
 def test_any_tensor_of_another_shape_is_named(checkpoint: Checkpoint) -> None:
     # A square matrix looks the same when it is transposed; such a one is cut short instead.
-    for name, shape, dtype in checkpoint.headers:
+    for name, shape, _ in checkpoint.headers:
         other = shape[::-1] if shape[::-1] != shape else (*shape[:-1], 3)
         error = checkpoint.refusal((n, other if n == name else s, d) for n, s, d in checkpoint.headers)
         assert f"{place(name)}: found shape {other}, allowed: " in error
@@ -118,6 +120,26 @@ def test_without_any_kv_scale_it_goes_on_aloud(
     with caplog.at_level("WARNING", logger="vllm.puzzle"):
         kv_checkpoint.account(header for header in kv_checkpoint.headers if not header[0].endswith("_scale"))
     assert "KV-cache scales: none in the checkpoint, 1.0 is used" in caplog.text
+
+
+@pytest.mark.parametrize("is_equal", [True, False])
+def test_shards_of_an_int8_layer_must_share_their_input_scale(tmp_path: Path, is_equal: bool) -> None:
+    quantized.write(tmp_path / "model", "int8 static")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.layers.2.self_attn.k_proj.input_scale"] *= 1 if is_equal else 2
+    passed = check_shared_scales(tensors.items(), Checkpoint(tmp_path / "model").quantization)
+    if is_equal:
+        assert dict(passed) == tensors
+        return
+    with pytest.raises(WeightsError, match=r"layer 2, tensor `self_attn.[kqv]_proj.input_scale`: found 0.0"):
+        list(passed)
+
+
+def test_modelopt_keeps_its_16_bits_where_other_models_would_be_widened(checkpoint: Checkpoint) -> None:
+    assert checkpoint.quantization is not None
+    assert allows_float32(str(checkpoint.folder)) == (checkpoint.quantization.method != "modelopt")
+    dtype = [s for s in cpu_settings(checkpoint.record, allows_float32=False) if s.name == "dtype"]
+    assert not dtype
 
 
 def test_a_plain_checkpoint_has_no_place_for_scales(tmp_path: Path) -> None:
