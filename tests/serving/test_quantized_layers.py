@@ -13,10 +13,12 @@ from vllm_puzzle.model_configs.schema import ConfigError
 def layer() -> torch.nn.Module:
     """A tree with one unquantized layer of vLLM's, `model.layers.7.mlp.down_proj`."""
     from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.model_executor.layers.linear import ReplicatedLinear
+    from vllm.model_executor.layers.linear import LinearBase
 
     with set_current_vllm_config(VllmConfig()):
-        node: torch.nn.Module = ReplicatedLinear(64, 64, bias=True, disable_tp=True)
+        node: torch.nn.Module = LinearBase(64, 64, disable_tp=True)
+    for name, shape in (("weight", (64, 64)), ("bias", (64,))):
+        node.register_parameter(name, torch.nn.Parameter(torch.zeros(shape)))
     for name in reversed(["model", "layers", "7", "mlp", "down_proj"]):
         parent = torch.nn.Module()
         parent.add_module(name, node)
