@@ -8,7 +8,7 @@ The lists themselves are read in `quantization_formats.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord, Shape
@@ -156,6 +156,20 @@ def check_fused(model: ModelRecord, schemes: Mapping[str, Scheme]) -> None:
                 f"{module_place(module)}: found {found} beside {other.rpartition('.')[2]} {expected}, allowed: one "
                 f"scheme (vLLM holds them as one layer, {fused_name(module).rpartition('.')[2]})"
             )
+
+
+def check_cpu_kernels(
+    quantization: Quantization, has_exact_int8: Callable[[], bool], has_packed_int: Callable[[], bool]
+) -> None:
+    """Raise ConfigError for what vLLM's CPU build accepts and then computes wrongly (INT8) or fails at (packed)."""
+    for scheme in sorted(set(quantization.schemes.values()), key=lambda scheme: scheme.name):
+        reason = None
+        if scheme.is_packed_int and not has_packed_int():
+            reason = "packed weights need AVX-512"
+        if scheme.weight_dtype == "I8" and not has_exact_int8():
+            reason = "without VNNI its INT8 products saturate"
+        if reason is not None:
+            raise ConfigError(f"quantization: found {scheme.name}, allowed on this CPU: FP8 ({reason})")
 
 
 def module_place(module: str) -> str:

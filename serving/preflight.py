@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_puzzle.model_configs.formats import FAMILIES, read_model
-from vllm_puzzle.model_configs.json_values import read_object
+from vllm_puzzle.model_configs.json_values import mapping, read_object
+from vllm_puzzle.model_configs.quantization import check_cpu_kernels
 from vllm_puzzle.model_configs.quantization_formats import LEGACY_FILE, load_quantization, quantization_entry
 from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord, MoE, check_tensor_parallel
+from vllm_puzzle.serving.cpu_defaults import has_exact_int8, has_packed_int, is_cpu_engine
 from vllm_puzzle.serving.weights import TensorAccount, WeightsError
 
 POCKET = Path(__file__).resolve().parent.parent / "model_configs" / "pocket"
@@ -191,13 +193,19 @@ def is_ours(record: ModelRecord) -> bool:
     return record.is_heterogeneous or record.architecture in OUR_ARCHITECTURES
 
 
-def allows_float32(model: str) -> bool:
-    """Whether vLLM serves the model in float32: a ModelOpt checkpoint runs in 16 bits only."""
-    file = Path(model) / "config.json"
-    if not file.is_file():
-        return True
-    method = str(quantization_entry(read_object(file)).get("quant_method", ""))
-    return not method.startswith("modelopt") and not (Path(model) / LEGACY_FILE).is_file()
+def precision_limits(model: str) -> tuple[bool, bool]:
+    """(whether vLLM serves the checkpoint in float32, whether it asks for an FP8 KV cache).
+
+    Quantized ones run in 16 bits, compressed-tensors' alone in either; an FP8 cache needs 16 bits beside it.
+    """
+    path = Path(model)
+    if not (path / "config.json").is_file():
+        return True, False
+    legacy = path / LEGACY_FILE
+    entry = quantization_entry(read_object(path / "config.json")) or (read_object(legacy) if legacy.is_file() else {})
+    body = mapping("quantization", entry, "quantization") or entry
+    has_fp8_cache = bool(body.get("kv_cache_scheme") or body.get("kv_cache_quant_algo"))
+    return not entry or (entry.get("quant_method") == "compressed-tensors" and not has_fp8_cache), has_fp8_cache
 
 
 def _check_servable(record: ModelRecord) -> None:
@@ -218,7 +226,10 @@ def _check_weights(path: Path, config: dict[str, Any], record: ModelRecord | Non
     files = _weight_files(path)
     account = None
     if record is not None and is_ours(record):
-        account = TensorAccount(record, load_quantization(record, path, config))
+        quantization = load_quantization(record, path, config)
+        if quantization is not None and is_cpu_engine():
+            check_cpu_kernels(quantization, has_exact_int8, has_packed_int)
+        account = TensorAccount(record, quantization)
     for file in files:
         for name, entry in read_safetensors_header(file):
             if account is not None:

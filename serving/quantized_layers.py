@@ -15,6 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm_puzzle.model_configs.quantization import (
     Quantization,
     Scheme,
+    check_cpu_kernels,
     fused_name,
     matrices,
     module_place,
@@ -36,7 +37,7 @@ def prepare_quantization(vllm_config: VllmConfig, model: ModelRecord) -> Quantiz
     # ModelOpt's older files have the per-layer list outside config.json, where vLLM has read it.
     quantization = read_quantization(model, entry, getattr(quant_config, "quantized_layers", None))
     if quantization is not None:
-        _check_kernels(quantization)
+        check_cpu_kernels(quantization, vllm_compat.has_exact_int8_kernel, vllm_compat.has_packed_int_kernel)
         _use_exact_names(quant_config, model, quantization)
         vllm_compat.round_to_fp8_on_cpu()
     return quantization
@@ -53,19 +54,6 @@ def check_layers(root: nn.Module, quantization: Quantization | None) -> None:
         elif isinstance(module, RoutedExperts) and (name in expected) != hasattr(module, "w13_weight_scale"):
             found, allowed = ("unquantized", "quantized")[:: 1 if name in expected else -1]
             raise ConfigError(f"{module_place(name)}: found vLLM's experts {found}, allowed: {allowed}")
-
-
-def _check_kernels(quantization: Quantization) -> None:
-    """Refuse what vLLM's CPU build accepts and then fails at, or computes wrongly."""
-    schemes = sorted(set(quantization.schemes.values()), key=lambda scheme: scheme.name)
-    packed = next((scheme for scheme in schemes if scheme.is_packed_int), None)
-    if packed is not None and not vllm_compat.has_packed_int_kernel():
-        raise ConfigError(f"quantization: found {packed.name}, allowed on this CPU: FP8 (packed weights need AVX-512)")
-    int8 = next((scheme for scheme in schemes if scheme.weight_dtype == "I8"), None)
-    if int8 is not None and not vllm_compat.has_exact_int8_kernel():
-        raise ConfigError(
-            f"quantization: found {int8.name}, allowed on this CPU: FP8 (without VNNI its INT8 products saturate)"
-        )
 
 
 def _use_exact_names(quant_config: QuantizationConfig, model: ModelRecord, quantization: Quantization) -> None:

@@ -10,6 +10,7 @@ import quantized_checkpoints as quantized
 import torch
 from quantized_checkpoints import KINDS, KV_SCALES, QuantizedReference
 from test_parity import Jobs, assert_equal_to, bound
+from vllm_puzzle.serving.cpu_defaults import has_exact_int8
 from vllm_puzzle.serving.reference_model import ReferenceModel
 
 pytestmark = pytest.mark.slow
@@ -72,7 +73,6 @@ def assert_equal_up_to_flips(model: QuantizedReference, results: list[dict[str, 
     logits = model(torch.tensor(results[-1]["ids"]))
     relative = bound(model, logits) / logits.abs().max().item()
     change = rms(errors(model, results, without_rounding(model)))
-    print("RATIO", rms(errors(model, results)) / change, (12 * relative * 2**8) ** 0.5)
     assert rms(errors(model, results)) <= (12 * relative * 2**8) ** 0.5 * change
 
 
@@ -89,15 +89,9 @@ def test_int8_is_exact_where_the_cpu_has_vnni_and_is_refused_elsewhere(
 ) -> None:
     if isinstance(outcomes[name], str):
         assert "found compressed-tensors INT8 per channel, allowed on this CPU: FP8 (without VNNI" in outcomes[name]
-        assert not has_vnni()
+        assert not has_exact_int8(), "the product that is tried and the CPU's own flags must agree"
     else:
         assert_equal_up_to_flips(references[name], outcomes[name])
-
-
-def has_vnni() -> bool:
-    """Whether the CPU itself says that it adds INT8 products in 32 bits."""
-    flags = set(Path("/proc/cpuinfo").read_text().split())
-    return not flags.isdisjoint({"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
 @torch.no_grad()

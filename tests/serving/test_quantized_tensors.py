@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from vllm_puzzle.model_configs.formats import read_model
 from vllm_puzzle.model_configs.json_values import read_object
 from vllm_puzzle.model_configs.quantization_formats import load_quantization
-from vllm_puzzle.model_configs.schema import Shape
-from vllm_puzzle.serving.cpu_defaults import cpu_settings
-from vllm_puzzle.serving.preflight import allows_float32, check, read_request, read_safetensors_header
+from vllm_puzzle.model_configs.schema import ConfigError, Shape
+from vllm_puzzle.serving import cpu_defaults
+from vllm_puzzle.serving.preflight import check, precision_limits, read_request, read_safetensors_header
 from vllm_puzzle.serving.weights import TensorAccount, WeightsError, check_shared_scales, place
 
 Header = tuple[str, Shape, str]
@@ -50,9 +50,19 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return Checkpoint(folder)
 
 
-def test_the_checkpoint_passes_the_check_before_the_start(checkpoint: Checkpoint) -> None:
-    assert check(read_request([str(checkpoint.folder), "--skip-tokenizer-init", "--port", "0"])) == checkpoint.record
-    checkpoint.account(checkpoint.headers)
+def test_the_checkpoint_passes_the_check_before_the_start(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = read_request([str(checkpoint.folder), "--skip-tokenizer-init", "--port", "0"])
+    monkeypatch.setattr(cpu_defaults, "_cpu_has", {"avx512f", "avx512_vnni"}.__contains__)
+    assert check(request) == checkpoint.record
+    monkeypatch.setattr(cpu_defaults, "_cpu_has", {"avx2"}.__contains__)
+    dtypes = {dtype for name, _, dtype in checkpoint.headers if ".weight" in name}
+    if cpu_defaults.is_cpu_engine() and not dtypes.isdisjoint({"I8", "I32"}):
+        with pytest.raises(ConfigError, match="allowed on this CPU: FP8"):
+            check(request)
+    else:
+        assert check(request) == checkpoint.record
 
 
 def test_any_dropped_tensor_is_named(checkpoint: Checkpoint) -> None:
@@ -135,11 +145,18 @@ def test_shards_of_an_int8_layer_must_share_their_input_scale(tmp_path: Path, is
         list(passed)
 
 
-def test_modelopt_keeps_its_16_bits_where_other_models_would_be_widened(checkpoint: Checkpoint) -> None:
+def test_the_cpu_defaults_follow_from_what_the_checkpoint_allows(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert checkpoint.quantization is not None
-    assert allows_float32(str(checkpoint.folder)) == (checkpoint.quantization.method != "modelopt")
-    dtype = [s for s in cpu_settings(checkpoint.record, allows_float32=False) if s.name == "dtype"]
-    assert not dtype
+    is_modelopt, has_scales = checkpoint.quantization.method == "modelopt", checkpoint.quantization.has_kv_scales
+    limits = precision_limits(str(checkpoint.folder))
+    assert limits == (not is_modelopt and not has_scales, has_scales)
+    for flags in ("avx2", "avx2 avx512f"):
+        monkeypatch.setattr(cpu_defaults, "_cpu_has", flags.split().__contains__)
+        chosen = {s.name: s.value for s in cpu_defaults.cpu_settings(checkpoint.record, 1, *limits)}
+        assert chosen.get("dtype") == ("float32" if limits[0] else None)
+        assert chosen.get("kv_cache_dtype") == ("bfloat16" if has_scales and flags == "avx2" else None)
 
 
 def test_a_plain_checkpoint_has_no_place_for_scales(tmp_path: Path) -> None:
