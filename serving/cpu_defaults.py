@@ -7,6 +7,7 @@ spread one small matrix over every core and let OpenMP threads spin. Measured by
 from __future__ import annotations
 
 import os
+import platform
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -41,8 +42,12 @@ def is_cpu_engine() -> bool:
     return False
 
 
-def cpu_settings(record: ModelRecord | None, num_ranks: int = 1) -> list[Setting]:
-    """The settings for this machine. `record` is None when the model's configuration is not one we read."""
+def cpu_settings(
+    record: ModelRecord | None, num_ranks: int = 1, allows_float32: bool = True, has_fp8_cache: bool = False
+) -> list[Setting]:
+    """The settings for this machine. `record` is None when the model's configuration is not one we read; the last two
+    say what a quantized checkpoint allows and asks for (preflight.precision_limits).
+    """
     cores = len(os.sched_getaffinity(0))
     small = record is not None and record.hidden_size < SMALL_HIDDEN_SIZE
     threads = 1 if small else cores
@@ -57,9 +62,12 @@ def cpu_settings(record: ModelRecord | None, num_ranks: int = 1) -> list[Setting
     if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:  # vLLM's own variable for it would win anyway
         settings.append(_kv_cache_setting(record, num_ranks))
     # A model we cannot size keeps its own dtype: in float32 it might not fit.
-    if record is not None and not _has_fast_bfloat16() and 4 * num_parameters(record) < _available_bytes() // 2:
+    may_widen = record is not None and allows_float32 and not _has_fast_bfloat16()
+    if record is not None and may_widen and 4 * num_parameters(record) < _available_bytes() // 2:
         why = "no bfloat16 arithmetic in this CPU: a batch of 16 runs 1.7 to 3 times faster"
         settings.append(Setting("dtype", "float32", why))
+    if has_fp8_cache and not _cpu_has("avx512f"):
+        settings.append(Setting("kv_cache_dtype", "bfloat16", "vLLM's FP8 KV cache needs AVX-512 on CPU"))
     if num_ranks == 1:
         why = "one rank: the worker needs no process of its own"
         settings.append(Setting("VLLM_ENABLE_V1_MULTIPROCESSING", "0", why, is_environment=True))
@@ -97,6 +105,24 @@ def _available_bytes() -> int:
     return 0
 
 
+def has_exact_int8() -> bool:
+    """Whether the CPU sums INT8 products in 32 bits (VNNI); x86 without it saturates, other CPUs are not judged."""
+    return not _is_x86() or any(map(_cpu_has, ("avx512_vnni", "avx_vnni", "amx_int8")))
+
+
+def has_packed_int() -> bool:
+    """Whether vLLM's CPU build multiplies by packed INT4 weights: on x86 with AVX-512; other CPUs are not judged."""
+    return not _is_x86() or _cpu_has("avx512f")
+
+
+def _is_x86() -> bool:
+    return platform.machine() in ("x86_64", "AMD64", "i686")
+
+
 def _has_fast_bfloat16() -> bool:
+    return _cpu_has("avx512_bf16") or _cpu_has("amx_bf16")
+
+
+def _cpu_has(flag: str) -> bool:
     flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
-    return "avx512_bf16" in flags.split() or "amx_bf16" in flags.split()
+    return flag in flags.split()

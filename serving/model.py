@@ -34,9 +34,10 @@ from vllm_puzzle.serving import vllm_compat
 from vllm_puzzle.serving.hf_config import model_record
 from vllm_puzzle.serving.layers import add_and_norm, build_layer
 from vllm_puzzle.serving.moe import PuzzleMoE
+from vllm_puzzle.serving.quantized_layers import check_layers, prepare_quantization
 from vllm_puzzle.serving.servable import check_servable
 from vllm_puzzle.serving.stages import use_partition_by_cost
-from vllm_puzzle.serving.weights import TensorAccount, canonical_name
+from vllm_puzzle.serving.weights import TensorAccount, canonical_name, check_shared_scales
 
 EXPERT = re.compile(r"(?P<module>model\.layers\.(?P<layer>\d+)\.(?:.+\.)?mlp)\.experts\.(?P<name>.+)")
 
@@ -139,6 +140,7 @@ class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle3):
         super().__init__()
         self.config = vllm_config.model_config.hf_config
         self.quant_config = vllm_config.quant_config
+        self.quantization = prepare_quantization(vllm_config, model_record(self.config))
         self.model = PuzzleModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.record = record = self.model.record
         self.lm_head = PPMissingLayer()
@@ -153,6 +155,7 @@ class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle3):
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
             self.logits_processor = LogitsProcessor(record.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        check_layers(self, self.quantization)
 
     @classmethod
     def get_kv_cache_groups(cls, vllm_config: VllmConfig, kv_cache_spec: dict[str, KVCacheSpec]) -> list[Any]:
@@ -179,8 +182,9 @@ class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle3):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint and return vLLM's names of what was loaded. Raises WeightsError (see weights.py)."""
-        account = TensorAccount(self.record, quantized=self.quant_config is not None)
+        account = TensorAccount(self.record, self.quantization)
         loaded: set[str] = set()
+        weights = check_shared_scales(weights, self.quantization)
         rest = self._load_experts(account.watch(weights), loaded)
         return loaded | AutoWeightsLoader(self).load_weights(rest, mapper=self.hf_to_vllm_mapper)
 

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from vllm_puzzle.model_configs.formats import FAMILIES, read_model
-from vllm_puzzle.model_configs.json_values import read_object
+from vllm_puzzle.model_configs.json_values import mapping, read_object
+from vllm_puzzle.model_configs.quantization import check_cpu_kernels
+from vllm_puzzle.model_configs.quantization_formats import LEGACY_FILE, load_quantization, quantization_entry
 from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord, check_tensor_parallel
+from vllm_puzzle.serving.cpu_defaults import has_exact_int8, has_packed_int, is_cpu_engine
 from vllm_puzzle.serving.servable import check_servable, is_ours
-from vllm_puzzle.serving.weights import TensorAccount, WeightsError, place
+from vllm_puzzle.serving.weights import TensorAccount, WeightsError
 
 POCKET = Path(__file__).resolve().parent.parent / "model_configs" / "pocket"
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
-FLOAT_DTYPES = ("BF16", "F16", "F32")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 
 
@@ -190,6 +192,21 @@ def _thinks(path: Path) -> bool:
     return any("</think>" in file.read_text() for file in files if file.is_file())
 
 
+def precision_limits(model: str) -> tuple[bool, bool]:
+    """(whether vLLM serves the checkpoint in float32, whether it asks for an FP8 KV cache).
+
+    Quantized ones run in 16 bits, compressed-tensors' alone in either; an FP8 cache needs 16 bits beside it.
+    """
+    path = Path(model)
+    if not (path / "config.json").is_file():
+        return True, False
+    legacy = path / LEGACY_FILE
+    entry = quantization_entry(read_object(path / "config.json")) or (read_object(legacy) if legacy.is_file() else {})
+    body = mapping("quantization", entry, "quantization") or entry
+    has_fp8_cache = bool(body.get("kv_cache_scheme") or body.get("kv_cache_quant_algo"))
+    return not entry or (entry.get("quant_method") == "compressed-tensors" and not has_fp8_cache), has_fp8_cache
+
+
 # --- weights -----------------------------------------------------------------------------------------------------
 
 
@@ -198,16 +215,14 @@ def _check_weights(path: Path, config: dict[str, Any], record: ModelRecord | Non
     files = _weight_files(path)
     account = None
     if record is not None and is_ours(record):
-        account = TensorAccount(record, quantized="quantization_config" in config)
+        quantization = load_quantization(record, path, config)
+        if quantization is not None and is_cpu_engine():
+            check_cpu_kernels(quantization, has_exact_int8, has_packed_int)
+        account = TensorAccount(record, quantization)
     for file in files:
         for name, entry in read_safetensors_header(file):
-            if account is None:
-                continue
-            account.see(name, tuple(entry["shape"]))
-            is_packed = account.record.is_mxfp4 and name.endswith(("_blocks", "_scales"))
-            allowed = ("U8",) if is_packed else FLOAT_DTYPES
-            if not account.quantized and entry["dtype"] not in allowed:
-                raise WeightsError(f"{place(name)}: found dtype {entry['dtype']}, allowed: {', '.join(allowed)}")
+            if account is not None:
+                account.see(name, tuple(entry["shape"]), entry["dtype"])
     if account is not None:
         account.close()
 

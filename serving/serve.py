@@ -17,7 +17,7 @@ from typing import Any
 
 from vllm_puzzle.model_configs.schema import ModelRecord
 from vllm_puzzle.serving.cpu_defaults import Setting, cpu_settings, is_cpu_engine
-from vllm_puzzle.serving.preflight import Request, check, dashed, read_request
+from vllm_puzzle.serving.preflight import Request, check, dashed, precision_limits, read_request
 from vllm_puzzle.serving.servable import is_ours
 from vllm_puzzle.serving.stages import PARTITION, partition_by_cost
 
@@ -37,7 +37,7 @@ def serve(argv: Sequence[str]) -> int:
         say(1, f"checking {request.model}")
         record = check(request)
         if is_cpu_engine():
-            settings += cpu_settings(record, request.num_ranks)
+            settings += cpu_settings(record, request.num_ranks, *precision_limits(request.model))
         settings += _stage_settings(record, request.num_stages)
     flags = _apply(settings, argv)
     _name_plugins()

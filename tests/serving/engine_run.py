@@ -31,6 +31,8 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
         ignore_eos=True, detokenize=False,
     )  # fmt: skip
     adapter = LoRARequest("adapter", 1, job["adapter"]) if "adapter" in job else None
+    # Reported on request only: a worker in another process would have to be sent the function.
+    layers = engine.apply_model(describe_layers)[0] if job.get("describe_layers") else None
     results = []
     for prompts in job["rounds"]:
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
@@ -39,7 +41,22 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
             steps = [*(output.prompt_logprobs or [])[1:], *output.outputs[0].logprobs]
             table = torch.stack([torch.tensor([step[k].logprob for k in range(len(step))]) for step in steps])
             results.append({"ids": ids, "logprobs": table, "num_cached": output.num_cached_tokens})
+            results[-1] |= {} if layers is None else {"layers": layers}
     return results
+
+
+def describe_layers(model: torch.nn.Module) -> dict[str, Any]:
+    """The class that computes each linear layer, and each attention's (k, v) scales, by module name."""
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.linear import LinearBase
+
+    layers: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LinearBase):
+            layers[name] = type(getattr(module, "scheme", module.quant_method)).__name__
+        elif isinstance(module, Attention):
+            layers[name] = (module._k_scale_float, module._v_scale_float)
+    return layers
 
 
 def main(jobs_file: str) -> None:

@@ -15,8 +15,8 @@ RECORD = read_model(checkpoints.deci_config(checkpoints.ALL_KINDS))
 TENSORS = {name: torch.empty(shape) for name, shape in model_tensors(RECORD).items()}
 
 
-def load(tensors: dict[str, torch.Tensor], quantized: bool = False) -> list[str]:
-    return [name for name, _ in TensorAccount(RECORD, quantized).watch(tensors.items())]
+def load(tensors: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name, _ in TensorAccount(RECORD).watch(tensors.items())]
 
 
 def test_a_complete_checkpoint_passes_through_whole() -> None:
@@ -80,15 +80,3 @@ def test_the_norm_of_a_skipped_sub_block_is_left_out_aloud_where_hugging_face_ma
     for surplus in ("model.layers.0.self_attn.q_proj.weight", "model.layers.9.input_layernorm.weight"):
         with pytest.raises(WeightsError, match="no place for"):
             list(TensorAccount(record).watch([*tensors.items(), (surplus, torch.ones(64))]))
-
-
-def test_a_quantized_checkpoint_is_held_to_module_names() -> None:
-    quantized = dict(TENSORS)
-    weight = quantized.pop("model.layers.2.mlp.up_proj.weight")
-    quantized |= {"model.layers.2.mlp.up_proj.weight_packed": weight, "model.layers.2.mlp.up_proj.weight_scale": weight}
-    assert set(load(quantized, quantized=True)) == set(quantized)
-    with pytest.raises(WeightsError, match="layer 0"):
-        load({**quantized, "model.layers.0.mlp.up_proj.weight_scale": weight}, quantized=True)
-    del quantized["model.layers.2.mlp.up_proj.weight_packed"], quantized["model.layers.2.mlp.up_proj.weight_scale"]
-    with pytest.raises(WeightsError, match=r"layer 2, tensor `mlp\.up_proj\.weight`"):
-        load(quantized, quantized=True)
