@@ -107,7 +107,8 @@ def read_model(config: Json) -> ModelRecord:
         mlp_bias=flag(MODEL, config, "mlp_bias"),
         qk_norm=model_type in ("qwen3", "qwen3_moe"),
         dtype=_read_dtype(config),
-        is_mxfp4=mapping(MODEL, config, "quantization_config").get("quant_method") in ("mxfp4", "gpt_oss_mxfp4"),
+        is_mxfp4=model_type in GPT_OSS
+        and mapping(MODEL, config, "quantization_config").get("quant_method") in ("mxfp4", "gpt_oss_mxfp4"),
     )
 
 

@@ -53,6 +53,9 @@ SWIGLU = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
 def read_layers(config: Json, overrides: Mapping[int, Json]) -> tuple[LayerRecord, ...]:
     """One record per layer: `config`, changed per layer by `overrides`."""
     num_layers = integer(MODEL, config, "num_hidden_layers", MAX_LAYERS)
+    experts = config.get("num_experts")  # one number under two names
+    if config["model_type"] in MOE_KEYS and experts is not None and config.get("num_local_experts", experts) != experts:
+        raise refuse(MODEL, "num_experts", experts, "as `num_local_experts`")
     if config["model_type"] in GPT_OSS:
         for key, value in SWIGLU.items():
             if config.get(key) not in (None, value):

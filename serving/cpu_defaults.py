@@ -56,8 +56,9 @@ def cpu_settings(record: ModelRecord | None, num_ranks: int = 1) -> list[Setting
     ]
     if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:  # vLLM's own variable for it would win anyway
         settings.append(_kv_cache_setting(record, num_ranks))
-    # A model we cannot size keeps its own dtype: in float32 it might not fit.
-    if record is not None and not _has_fast_bfloat16() and 4 * num_parameters(record) < _available_bytes() // 2:
+    # A model we cannot size keeps its own dtype: in float32 it might not fit. vLLM has MXFP4 in bfloat16 only.
+    is_free = record is not None and not record.is_mxfp4 and not _has_fast_bfloat16()
+    if record is not None and is_free and 4 * num_parameters(record) < _available_bytes() // 2:
         why = "no bfloat16 arithmetic in this CPU: a batch of 16 runs 1.7 to 3 times faster"
         settings.append(Setting("dtype", "float32", why))
     if num_ranks == 1:

@@ -228,15 +228,22 @@ def check_transformers_agrees(config: Json, record: ModelRecord) -> None:
     except Exception as error:  # whatever its validators raise
         text = " ".join(str(error).split())
         raise ConfigError(f"config.json: found {text!r}, allowed: what {config_class.__name__} accepts") from None
-    if _computed(found) != _computed(record):
-        different = next(f.name for f in fields(record) if getattr(_computed(found), f.name) != getattr(record, f.name))
-        raise ConfigError(
-            f"config.json: found {different} that transformers reads otherwise ({getattr(found, different)!r:.200}), "
-            "allowed: a value that both read alike"
-        )
+    ours, theirs = _computed(record), _computed(found)
+    for field in fields(ours):
+        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
+        if mine != other:
+            place, mine, other = _first_difference(field.name, mine, other)
+            raise ConfigError(f"config.json, {place}: found {mine!r}, allowed: as transformers reads it, {other!r}")
     architecture = next(iter(held.architectures or ()), None)
     if is_ours(record) and architecture not in OUR_ARCHITECTURES:
         raise refuse("model", "architectures", architecture, " or ".join(OUR_ARCHITECTURES))
+
+
+def _first_difference(name: str, ours: Any, theirs: Any) -> tuple[str, Any, Any]:
+    """Of the layers, the first that differs."""
+    if name != "layers" or len(ours) != len(theirs):
+        return name, ours, theirs
+    return next((f"layer {i}", a, b) for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
 
 
 def _computed(record: ModelRecord) -> ModelRecord:

@@ -111,15 +111,16 @@ def check(request: Request) -> ModelRecord | None:
     if record is not None:
         if is_ours(record):
             check_servable(record)
-        _check_transformers(config, record)
         check_tensor_parallel(record, request.tensor_parallel_size)
     if request.load_format in ("auto", "safetensors"):
         _check_weights(path, config, record)
+    if record is not None:
+        _check_transformers(config, record)
     return record
 
 
 def _check_transformers(config: dict[str, Any], record: ModelRecord) -> None:
-    from vllm_puzzle.serving.hf_config import check_transformers_agrees  # transformers: only once the file reads well
+    from vllm_puzzle.serving.hf_config import check_transformers_agrees  # late: transformers takes seconds to import
 
     check_transformers_agrees(config, record)
 

@@ -26,8 +26,8 @@ def check_servable(record: ModelRecord) -> None:
             check_block(block, f"layer {index}")
     if record.rope.rope_type not in ROPE_TYPES:
         raise ConfigError(
-            f"model, key `rope_type`: found {record.rope.rope_type!r}, allowed: {', '.join(ROPE_TYPES)} (the others are "
-            "untested with layers that differ)"
+            f"model, key `rope_type`: found {record.rope.rope_type!r}, allowed: {', '.join(ROPE_TYPES)} "
+            "(the others are untested with layers that differ)"
         )
     if record.model_type in GPT_OSS and record.rope.rope_type != "yarn":
         found = record.rope.rope_type
