@@ -79,6 +79,7 @@ def read_model(config: Json) -> ModelRecord:
         raise refuse(MODEL, "model_type", model_type or None, ", ".join(FAMILIES + INSPECTED))
     config = {**FAMILY_DEFAULTS.get(model_type, {}), **config}
     _check_any_model(config)
+    mapping(MODEL, config, "auto_map")  # remote code, which is not run; transformers fails on anything but an object
     for key, values in NEUTRAL.items():
         if config.get(key) not in values:
             raise refuse(MODEL, key, config[key], " or ".join(map(str, values)))

@@ -88,5 +88,7 @@ def _parameters(config: Json) -> dict[str, Any]:
 
 def _theta(config: Json, given: Json) -> float:
     inner, outer = optional_number("rope", given, "rope_theta"), optional_number("rope", config, "rope_theta")
-    default = DEFAULT_THETA.get(config["model_type"], 10000.0)
-    return inner or outer or default
+    theta = inner or outer or DEFAULT_THETA.get(config["model_type"], 10000.0)
+    if theta <= 1:
+        raise refuse("rope", "rope_theta", theta, "a number above 1")
+    return theta

@@ -101,3 +101,6 @@ if __name__ == "__main__":
         served = config_name in mutations.FORMATS
         counts = check(configuration, Random(f"long/{config_name}"), int(sys.argv[1]), served)
         print(f"{config_name}: {counts[0]} accepted, {counts[1]} refused", flush=True)
+    import mutated_parity
+
+    mutated_parity.main(1 + int(sys.argv[1]) // 150)

@@ -74,11 +74,17 @@ def fork_workers() -> None:
 
 def main(jobs_file: str) -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm_puzzle.serving.plugin import register_classes
 
     poison_parameters()
+    register_classes()  # as `serve` does; a name alone would be inspected in a process of its own
     jobs = json.loads(Path(jobs_file).read_text())
     if any(job.get("fork") for job in jobs):
         fork_workers()
+    # vLLM collects garbage nine times per engine, each time through all that importing it has made (0.3 s). Once is
+    # enough.
+    unfreeze, gc.unfreeze = gc.unfreeze, lambda: None
+    gc.freeze()
     for job in jobs:
         own = job.get("environment", {})
         os.environ.update(own)
@@ -88,8 +94,10 @@ def main(jobs_file: str) -> None:
             torch.save(traceback.format_exc(), job["out"])
         for name in own:
             del os.environ[name]
-        gc.collect()
         cleanup_dist_env_and_memory()
+        unfreeze()
+        gc.collect()
+        gc.freeze()
 
 
 if __name__ == "__main__":
