@@ -14,20 +14,22 @@ only.
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm_puzzle.model_configs import decilm, gpt_oss, nemotron_h, per_layer, puzzletron
 from vllm_puzzle.model_configs.json_values import (
     Json,
     flag,
     integer,
     mapping,
-    optional_integer,
     optional_number,
     refuse,
     strings,
     text,
 )
 from vllm_puzzle.model_configs.per_layer import GPT_OSS
-from vllm_puzzle.model_configs.schema import ConfigError, LayerRecord, ModelRecord, Rope
+from vllm_puzzle.model_configs.rope import read_rope
+from vllm_puzzle.model_configs.schema import ConfigError, LayerRecord, ModelRecord
 
 FAMILIES = ("nemotron-nas", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", *GPT_OSS)
 # Read for `inspect`; vLLM's own class serves them.
@@ -41,12 +43,33 @@ BASE_ARCHITECTURES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
 }
-DEFAULT_EPSILON = {"gpt_oss": 1e-5, "gpt_oss_puzzle": 1e-5, "nemotron_h": 1e-5, "nemotron_h_puzzle": 1e-5}
-# Hugging Face's GptOssConfig, which writes nothing else; gpt-oss-puzzle changed the factor, so it has no default.
-GPT_OSS_ROPE = {
-    "rope_theta": 150000.0, "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
-    "truncate": False, "original_max_position_embeddings": 4096,
-}  # fmt: skip
+# What transformers assumes where a family's config.json is silent (a null is not silent).
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "max_window_layers": 28},
+    "qwen3": {"num_key_value_heads": 32, "max_window_layers": 28, "head_dim": 128},
+    "qwen3_moe": {"num_key_value_heads": 4},
+    "gpt_oss": {"num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128, "attention_bias": True},
+}
+FAMILY_DEFAULTS["gpt_oss_puzzle"] = FAMILY_DEFAULTS["gpt_oss"]
+DEFAULT_EPSILON = dict.fromkeys(("gpt_oss", "gpt_oss_puzzle", "nemotron_h", "nemotron_h_puzzle"), 1e-5)
+DTYPES = ("bfloat16", "float16", "float32")
+# Keys of other families that change what a model computes, each with the value that changes nothing. No class here
+# reads them, so any other value would be dropped in silence.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention_multiplier": (None,),  # Granite
+    "attn_logit_softcapping": (None,),  # Gemma
+    "attn_temperature_tuning": (None, False),  # Llama 4
+    "clip_qkv": (None,),  # OLMo
+    "embedding_multiplier": (None, 1, 1.0),
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1, 1.0),  # Cohere
+    "logits_scaling": (None, 1, 1.0),
+    "no_rope_layers": (None, []),  # SmolLM3, Llama 4
+    "position_embedding_type": (None, "rope"),  # DeciLM
+    "residual_multiplier": (None, 1, 1.0),
+    "use_qk_norm": (None, False),  # Llama 4, Hunyuan
+}
 
 
 def read_model(config: Json) -> ModelRecord:
@@ -54,7 +77,12 @@ def read_model(config: Json) -> ModelRecord:
     model_type = text(MODEL, config, "model_type", "")
     if model_type not in FAMILIES + INSPECTED:
         raise refuse(MODEL, "model_type", model_type or None, ", ".join(FAMILIES + INSPECTED))
+    config = {**FAMILY_DEFAULTS.get(model_type, {}), **config}
     _check_any_model(config)
+    mapping(MODEL, config, "auto_map")  # remote code, which is not run; transformers fails on anything but an object
+    for key, values in NEUTRAL.items():
+        if config.get(key) not in values:
+            raise refuse(MODEL, key, config[key], " or ".join(map(str, values)))
     activation = text(MODEL, config, "hidden_act", "silu")
     if activation != "silu":
         raise refuse(MODEL, "hidden_act", activation, "'silu'")
@@ -62,7 +90,7 @@ def read_model(config: Json) -> ModelRecord:
     epsilon = epsilon or DEFAULT_EPSILON.get(model_type)
     if epsilon is None:
         raise refuse(MODEL, "rms_norm_eps", None, "a number above 0")
-    attention_bias = flag(MODEL, {"attention_bias": model_type in GPT_OSS, **config}, "attention_bias")
+    attention_bias = flag(MODEL, config, "attention_bias")
     if model_type in GPT_OSS and not attention_bias:
         raise refuse(MODEL, "attention_bias", False, "true (gpt-oss)")
     return ModelRecord(
@@ -73,39 +101,27 @@ def read_model(config: Json) -> ModelRecord:
         layers=_read_layers(config, model_type),
         max_position_embeddings=integer(MODEL, config, "max_position_embeddings"),
         rms_norm_eps=epsilon,
-        rope=_read_rope(config),
+        rope=read_rope(config),
         tie_word_embeddings=flag(MODEL, config, "tie_word_embeddings"),
         qkv_bias=attention_bias or model_type == "qwen2",
         o_bias=attention_bias,
         mlp_bias=flag(MODEL, config, "mlp_bias"),
         qk_norm=model_type in ("qwen3", "qwen3_moe"),
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch."),
-        is_mxfp4=mapping(MODEL, config, "quantization_config").get("quant_method") in ("mxfp4", "gpt_oss_mxfp4"),
+        dtype=_read_dtype(config),
+        is_mxfp4=model_type in GPT_OSS
+        and mapping(MODEL, config, "quantization_config").get("quant_method") in ("mxfp4", "gpt_oss_mxfp4"),
     )
 
 
-def _read_rope(config: Json) -> Rope:
-    """Either transformers 5's `rope_parameters` or the older `rope_theta` + `rope_scaling`."""
-    default = GPT_OSS_ROPE if config["model_type"] == "gpt_oss" else {}
-    merged = {
-        **default,
-        "rope_theta": config.get("rope_theta") or default.get("rope_theta"),
-        **mapping(MODEL, config, "rope_scaling"),
-        **mapping(MODEL, config, "rope_parameters"),
-    }
-    theta = optional_number("rope", merged, "rope_theta")
-    return Rope(
-        rope_theta=10000.0 if theta is None else theta,
-        rope_type=text("rope", merged, "rope_type", text("rope", merged, "type", "default")),
-        factor=optional_number("rope", merged, "factor"),
-        low_freq_factor=optional_number("rope", merged, "low_freq_factor"),
-        high_freq_factor=optional_number("rope", merged, "high_freq_factor"),
-        original_max_position_embeddings=optional_integer("rope", merged, "original_max_position_embeddings"),
-        beta_fast=optional_number("rope", merged, "beta_fast"),
-        beta_slow=optional_number("rope", merged, "beta_slow"),
-        attention_factor=optional_number("rope", merged, "attention_factor"),
-        truncate=flag("rope", {"truncate": True, **merged}, "truncate"),
-    )
+def _read_dtype(config: Json) -> str:
+    """transformers 5 writes `dtype`, older files `torch_dtype`."""
+    for key in ("dtype", "torch_dtype"):
+        name = text(MODEL, config, key, "bfloat16").removeprefix("torch.")
+        if name not in DTYPES:
+            raise refuse(MODEL, key, config[key], ", ".join(DTYPES))
+        if config.get(key) is not None:
+            return name
+    return "bfloat16"
 
 
 def _read_layers(config: Json, model_type: str) -> tuple[LayerRecord, ...]:

@@ -76,9 +76,11 @@ def flag(where: str, block: Json, key: str) -> bool:
 def text(where: str, block: Json, key: str, default: str) -> str:
     """A string; absent or null is `default`."""
     value = block.get(key)
-    if value is not None and not isinstance(value, str):
+    if value is None:
+        return default
+    if not isinstance(value, str) or not value:
         raise refuse(where, key, value, "a string")
-    return value or default
+    return value
 
 
 def mapping(where: str, block: Json, key: str) -> Json:

@@ -33,9 +33,6 @@ from vllm_puzzle.model_configs.schema import (
 )
 
 MODEL = "model"
-# What transformers assumes where a family's config.json is silent.
-DEFAULT_HEAD_DIM = {"qwen3": 128}
-DEFAULT_WINDOW = {"mistral": 4096}
 GPT_OSS = ("gpt_oss", "gpt_oss_puzzle")
 
 SKIP_ATTENTION = ("attention", "self_attn")
@@ -56,6 +53,9 @@ SWIGLU = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
 def read_layers(config: Json, overrides: Mapping[int, Json]) -> tuple[LayerRecord, ...]:
     """One record per layer: `config`, changed per layer by `overrides`."""
     num_layers = integer(MODEL, config, "num_hidden_layers", MAX_LAYERS)
+    experts = config.get("num_experts")  # one number under two names
+    if config["model_type"] in MOE_KEYS and experts is not None and config.get("num_local_experts", experts) != experts:
+        raise refuse(MODEL, "num_experts", experts, "as `num_local_experts`")
     if config["model_type"] in GPT_OSS:
         for key, value in SWIGLU.items():
             if config.get(key) not in (None, value):
@@ -85,7 +85,7 @@ def global_window(config: Json, index: int) -> int | None:
     has it on every even layer.
     """
     model_type = text(MODEL, config, "model_type", "")
-    window = optional_integer(MODEL, {"sliding_window": DEFAULT_WINDOW.get(model_type), **config}, "sliding_window")
+    window = optional_integer(MODEL, config, "sliding_window")
     layer_types = strings(MODEL, config, "layer_types")
     if layer_types:
         if index >= len(layer_types):
@@ -101,7 +101,7 @@ def global_window(config: Json, index: int) -> int | None:
 
 def head_dim_of(config: Json) -> int:
     """`head_dim`, or what the family computes where it is missing."""
-    explicit = optional_integer(MODEL, config, "head_dim") or DEFAULT_HEAD_DIM.get(config["model_type"])
+    explicit = optional_integer(MODEL, config, "head_dim")
     if explicit is not None:
         return explicit
     hidden, heads = integer(MODEL, config, "hidden_size"), integer(MODEL, config, "num_attention_heads")
@@ -133,6 +133,8 @@ def _layer(config: Json, index: int, override: Json) -> LayerRecord:
         if name not in SKIP_ATTENTION + SKIP_FFN:
             raise refuse(f"{where}, per_layer_config", "skip", name, ", ".join(SKIP_ATTENTION + SKIP_FFN))
     resolved = {**config, **override}
+    if override.get("num_attention_heads") is not None and override.get("head_dim") is None:
+        resolved["head_dim"] = head_dim_of(config)  # other heads, of the model's size
     if override.get("num_experts") is not None:  # Qwen's name; transformers writes the model's own under the other
         if override.get("num_local_experts") not in (None, override["num_experts"]):
             raise refuse(where, "num_local_experts", override["num_local_experts"], "as `num_experts`")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -23,11 +24,12 @@ from transformers import (
     Qwen3MoeConfig,
 )
 from vllm_puzzle.model_configs.formats import BASE_ARCHITECTURES, read_model
+from vllm_puzzle.model_configs.json_values import Json, refuse
 from vllm_puzzle.model_configs.nemotron_h import block_types
 from vllm_puzzle.model_configs.per_layer import GPT_OSS, global_window
 from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord, MoE
 from vllm_puzzle.serving.overrides import DISABLE_OVERRIDES, keeps_stock, say_once
-from vllm_puzzle.serving.servable import is_ours
+from vllm_puzzle.serving.servable import OUR_ARCHITECTURES, is_ours
 
 PUZZLE_ARCHITECTURE = "PuzzleForCausalLM"
 # A name of its own: vLLM sets gpt-oss's defaults (parser, quantization, graph sizes) by architecture.
@@ -220,3 +222,41 @@ def _rope(config: PreTrainedConfig) -> dict[str, Any] | None:
 def model_record(config: PreTrainedConfig) -> ModelRecord:
     """The per-layer records of a configuration that one of these classes holds."""
     return read_model(config.to_dict())
+
+
+def check_transformers_agrees(config: Json, record: ModelRecord) -> None:
+    """Raise ConfigError when transformers, through which vLLM reads config.json, refuses it or reads another model.
+
+    transformers checks types more strictly than `read_model`, fills defaults in and rewrites keys; vLLM would show its
+    complaint as a traceback, and serve what it rewrote.
+    """
+    config_class = next(c for c in CONFIGS if c.model_type == record.model_type)
+    try:
+        held = config_class.from_dict(copy.deepcopy(dict(config)))
+        found = model_record(held)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever its validators raise
+        text = " ".join(str(error).split())
+        raise ConfigError(f"config.json: found {text!r}, allowed: what {config_class.__name__} accepts") from None
+    ours, theirs = _computed(record), _computed(found)
+    for field in fields(ours):
+        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
+        if mine != other:
+            place, mine, other = _first_difference(field.name, mine, other)
+            raise ConfigError(f"config.json, {place}: found {mine!r}, allowed: as transformers reads it, {other!r}")
+    architecture = next(iter(held.architectures or ()), None)
+    if is_ours(record) and architecture not in OUR_ARCHITECTURES and not keeps_stock():
+        raise refuse("model", "architectures", architecture, " or ".join(OUR_ARCHITECTURES))
+
+
+def _first_difference(name: str, ours: Any, theirs: Any) -> tuple[str, Any, Any]:
+    """Of the layers, the first that differs."""
+    if name != "layers" or len(ours) != len(theirs):
+        return name, ours, theirs
+    return next((f"layer {i}", a, b) for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+
+
+def _computed(record: ModelRecord) -> ModelRecord:
+    """The record without the names, which a configuration class may change."""
+    return replace(record, architecture="", model_type="")

@@ -119,7 +119,15 @@ def check(request: Request) -> ModelRecord | None:
         check_tensor_parallel(record, request.tensor_parallel_size, request.is_expert_parallel)
     if request.load_format in ("auto", "safetensors"):
         _check_weights(path, config, record)
+    if record is not None:
+        _check_transformers(config, record)
     return record
+
+
+def _check_transformers(config: dict[str, Any], record: ModelRecord) -> None:
+    from vllm_puzzle.serving.hf_config import check_transformers_agrees  # late: transformers takes seconds to import
+
+    check_transformers_agrees(config, record)
 
 
 def _config_file_flags(flags: Sequence[str]) -> list[str]:

@@ -10,6 +10,9 @@ from vllm_puzzle.model_configs.schema import Attention, ConfigError, LayerRecord
 
 OUR_ARCHITECTURES = ("AnyModel", "DeciLMForCausalLM", "GptOssPuzzleForCausalLM", "PuzzleForCausalLM")
 
+# Those that the reference model defines, so that what vLLM computes with them is tested.
+ROPE_TYPES = ("default", "llama3", "yarn")
+
 
 def is_ours(record: ModelRecord) -> bool:
     """Whether our class serves the model, and not vLLM's own."""
@@ -21,6 +24,11 @@ def check_servable(record: ModelRecord) -> None:
     for index, layer in enumerate(record.layers):
         for block in layer.blocks:
             check_block(block, f"layer {index}")
+    if record.rope.rope_type not in ROPE_TYPES:
+        raise ConfigError(
+            f"model, key `rope_type`: found {record.rope.rope_type!r}, allowed: {', '.join(ROPE_TYPES)} "
+            "(the others are untested with layers that differ)"
+        )
     if record.model_type in GPT_OSS and record.rope.rope_type != "yarn":
         found = record.rope.rope_type
         raise ConfigError(

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from vllm_puzzle.kernels.reference import mxfp4_dequantize
 from vllm_puzzle.model_configs.formats import read_model
+from vllm_puzzle.model_configs.gpt_oss import mxfp4_tensors
 from vllm_puzzle.serving.reference_model import ReferenceModel
 
 BASE: dict[str, Any] = {
@@ -113,12 +115,32 @@ def reference(config: dict[str, Any], scale: float = 0.15) -> ReferenceModel:
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any]) -> ReferenceModel:
-    """Write config.json and model.safetensors; returns the model whose weights they are."""
+    """Write config.json and model.safetensors in the configuration's own dtype (and MXFP4 experts where it says so);
+    returns the model that they stand for, in float32.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     model = reference(config)
+    tensors = {}
+    for name, tensor in model.named_tensors().items():
+        if model.record.is_mxfp4 and tensor.ndim == 3:
+            tensors |= _as_mxfp4(name, tensor)
+            continue
+        tensors[name] = tensor.detach().to(getattr(torch, model.record.dtype)).clone()
+        tensor.data.copy_(tensors[name])
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({name: t.detach().clone() for name, t in model.named_tensors().items()}, folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors")
     return model
+
+
+def _as_mxfp4(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Random blocks and scales under their published names; `tensor`, [E, in, out], becomes what they stand for."""
+    shapes = mxfp4_tensors({name: tuple(tensor.shape)})
+    generator = torch.Generator().manual_seed(len(name) + int(name.split(".")[2]))
+    blocks = torch.randint(0, 256, shapes[f"{name}_blocks"], generator=generator, dtype=torch.uint8)
+    # Exponents of 2^-5 to 2^-3; the values have a mean square of about 2.5, as weights of about 0.15 should.
+    scales = torch.randint(122, 125, shapes[f"{name}_scales"], generator=generator, dtype=torch.uint8)
+    tensor.data.copy_(mxfp4_dequantize(blocks, scales, torch.float32).transpose(1, 2))
+    return {f"{name}_blocks": blocks, f"{name}_scales": scales}
 
 
 @torch.no_grad()

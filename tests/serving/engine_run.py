@@ -3,8 +3,9 @@
 A process of its own, because vLLM's distributed state and our environment last as long as it; several jobs share it,
 because importing vLLM takes longer than a small model's run. A job names a model folder, LLM arguments and rounds of
 prompts (token ids); the prompts of one round are served together. Its "environment" also holds for later jobs.
-Output per job: one .pt file with, per prompt, the token ids (prompt + generated) and the log-probabilities
-[num_positions, vocab_size] that predicted each of them but the first, or the error as text.
+Every parameter is NaN until a weight fills it. Output per job: one .pt file with, per prompt, the token ids (prompt +
+generated) and the log-probabilities [num_positions, vocab_size] that predicted each of them but the first, or the
+error as text.
 """
 
 from __future__ import annotations
@@ -59,16 +60,62 @@ def describe_layers(model: torch.nn.Module) -> dict[str, Any]:
     return layers
 
 
+def poison_parameters() -> None:
+    """Fill every parameter with NaN before the weights come, and fail when one of them keeps any."""
+    from vllm_puzzle.serving.model import PuzzleForCausalLM
+
+    load = PuzzleForCausalLM.load_weights
+
+    def load_over_poison(self: Any, weights: Any) -> Any:
+        floating = {name: p for name, p in self.named_parameters() if p.is_floating_point()}
+        for parameter in floating.values():
+            parameter.data.fill_(float("nan"))
+        loaded = load(self, weights)
+        unfilled = [name for name, parameter in floating.items() if parameter.isnan().any()]
+        assert not unfilled, f"no weight was loaded into {unfilled}"
+        return loaded
+
+    PuzzleForCausalLM.load_weights = load_over_poison  # type: ignore[method-assign]
+
+
+def fork_workers() -> None:
+    """Workers inherit the imported vLLM: on two cores each job would otherwise import it twice more (20 s).
+
+    Safe here: this process computes nothing itself, so that no thread pool and no process group exists yet.
+    """
+    import multiprocessing
+
+    from vllm.v1.executor import multiproc_executor
+
+    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+
+
 def main(jobs_file: str) -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm_puzzle.serving.plugin import register_classes
 
-    for job in json.loads(Path(jobs_file).read_text()):
+    poison_parameters()
+    register_classes()  # as `serve` does; a name alone would be inspected in a process of its own
+    jobs = json.loads(Path(jobs_file).read_text())
+    if any(job.get("fork") for job in jobs):
+        fork_workers()
+    # vLLM collects garbage nine times per engine, each time through all that importing it has made (0.3 s). Once is
+    # enough.
+    unfreeze, gc.unfreeze = gc.unfreeze, lambda: None
+    gc.freeze()
+    for job in jobs:
+        own = job.get("environment", {})
+        os.environ.update(own)
         try:
             torch.save(run(job), job["out"])
         except Exception:
             torch.save(traceback.format_exc(), job["out"])
-        gc.collect()
+        for name in own:
+            del os.environ[name]
         cleanup_dist_env_and_memory()
+        unfreeze()
+        gc.collect()
+        gc.freeze()
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import checkpoints
 import families
 import pytest
 import torch
+from parity import Jobs
 from safetensors.torch import save_file
-from test_parity import Jobs
 from vllm_puzzle.kernels.reference import mxfp4_dequantize
 from vllm_puzzle.model_configs.formats import read_model
 from vllm_puzzle.model_configs.tensors import model_tensors

@@ -11,7 +11,7 @@ from typing import Any
 import checkpoints
 import pytest
 import torch
-from test_parity import PROMPTS, Jobs, assert_equal_to
+from parity import PROMPTS, Jobs, assert_equal_to
 from vllm_puzzle.serving import kv_cache_groups as planner
 from vllm_puzzle.serving import plugin
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import quantized_checkpoints as quantized
 import torch
+from parity import Jobs, assert_equal_to, bound
 from quantized_checkpoints import KINDS, KV_SCALES, QuantizedReference
-from test_parity import Jobs, assert_equal_to, bound
 from vllm_puzzle.serving.cpu_defaults import has_exact_int8
 from vllm_puzzle.serving.reference_model import ReferenceModel
 

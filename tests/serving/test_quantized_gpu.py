@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import quantized_checkpoints as quantized
 import torch
+from parity import Jobs
 from quantized_checkpoints import KINDS, KV_SCALES, QuantizedReference
-from test_parity import Jobs
 from test_quantized import assert_as_accurate_as_bfloat16
 
 pytestmark = [
