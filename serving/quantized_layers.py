@@ -7,7 +7,7 @@ fused names, one shard of a fused layer for all. Here it gets exact names, and e
 from __future__ import annotations
 
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import QuantizationConfig
@@ -38,6 +38,7 @@ def prepare_quantization(vllm_config: VllmConfig, model: ModelRecord) -> Quantiz
     quantization = read_quantization(model, entry, getattr(quant_config, "quantized_layers", None))
     if quantization is not None:
         check_cpu_kernels(quantization, vllm_compat.has_exact_int8_kernel, vllm_compat.has_packed_int_kernel)
+        _check_compiled(vllm_config, quantization)
         _use_exact_names(quant_config, model, quantization)
         vllm_compat.round_to_fp8_on_cpu()
     return quantization
@@ -54,6 +55,16 @@ def check_layers(root: nn.Module, quantization: Quantization | None) -> None:
         elif isinstance(module, RoutedExperts) and (name in expected) != hasattr(module, "w13_weight_scale"):
             found, allowed = ("unquantized", "quantized")[:: 1 if name in expected else -1]
             raise ConfigError(f"{module_place(name)}: found vLLM's experts {found}, allowed: {allowed}")
+
+
+def _check_compiled(vllm_config: VllmConfig, quantization: Quantization) -> None:
+    """FP8 with one input scale per token, compiled on CPU, answers NaN or crashes in vLLM 0.32 (its own Llama too)."""
+    is_compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
+    if vllm_config.device_config.device_type != "cpu" or not is_compiled:
+        return
+    for name, scheme in quantization.schemes.items():
+        if scheme.weight_dtype == "F8_E4M3" and "input_scale" not in scheme.scalars:
+            raise ConfigError(f"{module_place(name)}: found {scheme.name} compiled, allowed on CPU: --enforce-eager")
 
 
 def _use_exact_names(quant_config: QuantizationConfig, model: ModelRecord, quantization: Quantization) -> None:

@@ -39,6 +39,8 @@ def outcomes(folder: Path, references: dict[str, QuantizedReference]) -> dict[st
         if KINDS[name].kv_spelling is not None:
             llm["kv_cache_dtype"] = "bfloat16"  # FP8 needs AVX-512 on CPU; the scales are loaded all the same
         jobs.add(name, folder / name, llm, describe_layers=True)
+    compiled = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
+    jobs.add("dynamic, compiled", folder / "fp8 dynamic", compiled)
     return jobs.run()
 
 
@@ -119,6 +121,13 @@ def test_packed_int4_runs_where_the_cpu_has_the_kernel_and_is_refused_elsewhere(
         assert "quantization: found compressed-tensors INT4 per group, allowed on this CPU" in results
     else:
         assert_equal_to(references["int4 weights"], results)
+
+
+def test_compiled_fp8_with_scales_per_token_is_refused_as_vllm_answers_nan(outcomes: dict[str, Any]) -> None:
+    assert (
+        "found compressed-tensors FLOAT8 per channel compiled, allowed on CPU: --enforce"
+        in outcomes["dynamic, compiled"]
+    )
 
 
 def test_weight_only_fp8_has_no_cpu_kernel_and_vllm_says_so(outcomes: dict[str, Any]) -> None:
