@@ -84,7 +84,8 @@ def yarn_frequencies(
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    high += 0.001 if low == high else 0.0
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)
     ramp = ramp.clamp(0, 1)
     scale = attention_factor if attention_factor is not None else 0.1 * math.log(max(factor, 1.0)) + 1.0
     return inverse / factor * ramp + inverse * (1 - ramp), scale

@@ -27,7 +27,7 @@ from vllm_puzzle.model_configs.json_values import (
     strings,
     text,
 )
-from vllm_puzzle.model_configs.per_layer import GPT_OSS
+from vllm_puzzle.model_configs.per_layer import GPT_OSS, MOE_KEYS
 from vllm_puzzle.model_configs.rope import read_rope
 from vllm_puzzle.model_configs.schema import ConfigError, LayerRecord, ModelRecord
 
@@ -70,6 +70,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "residual_multiplier": (None, 1, 1.0),
     "use_qk_norm": (None, False),  # Llama 4, Hunyuan
 }
+# vLLM takes a model with any of these for one with experts.
+DENSE: dict[str, tuple[Any, ...]] = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), (None, 0))
 
 
 def read_model(config: Json) -> ModelRecord:
@@ -80,7 +82,8 @@ def read_model(config: Json) -> ModelRecord:
     config = {**FAMILY_DEFAULTS.get(model_type, {}), **config}
     _check_any_model(config)
     mapping(MODEL, config, "auto_map")  # remote code, which is not run; transformers fails on anything but an object
-    for key, values in NEUTRAL.items():
+    neutral = NEUTRAL if model_type in (*MOE_KEYS, *INSPECTED) else {**NEUTRAL, **DENSE}
+    for key, values in neutral.items():
         if config.get(key) not in values:
             raise refuse(MODEL, key, config[key], " or ".join(map(str, values)))
     activation = text(MODEL, config, "hidden_act", "silu")

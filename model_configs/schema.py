@@ -7,7 +7,8 @@ Not here: anything that needs torch, vLLM or a file. Standard library only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 Shape = tuple[int, ...]
 
@@ -173,6 +174,11 @@ class Rope:
     beta_slow: float | None = None
     attention_factor: float | None = None
     truncate: bool = True
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Hugging Face's `rope_parameters`: what is set, under its name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ class PuzzleAttention(nn.Module):
         self.rotary_emb = get_rope(
             spec.head_dim,
             max_position=model.max_position_embeddings,
-            rope_parameters=vllm_config.model_config.hf_config.rope_parameters,
+            rope_parameters=model.rope.parameters,
             dtype=torch.float32 if spec.has_sinks else None,  # as vLLM's gpt-oss class
         )
         self.has_qk_norm = model.qk_norm

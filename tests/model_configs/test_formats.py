@@ -218,6 +218,16 @@ def test_a_family_that_is_silent_on_its_head_size_or_window_gets_its_own_default
     )
 
 
+def test_a_layer_with_other_heads_keeps_the_models_head_size() -> None:
+    record = read_model(LLAMA | {"per_layer_config": {"1": {"num_attention_heads": 2}}})
+    assert record.layers[1] == LayerRecord(Attention(2, 2, 16), GatedFFN(96))
+
+
+def test_a_yarn_model_that_does_not_say_was_trained_at_its_full_length() -> None:
+    rope = read_model(LLAMA | {"rope_scaling": {"type": "yarn", "factor": 2.0}}).rope
+    assert (rope.rope_type, rope.original_max_position_embeddings) == ("yarn", 128)
+
+
 BAD = [
     (
         NEMOTRON_H | {"hybrid_override_pattern": "MX"},
@@ -280,6 +290,37 @@ BAD = [
         "found True, allowed: false, as `no_op`",
     ),
     (deci({"attention": attention_block()}), "layer 0, key `ffn`: found nothing, allowed: an object"),
+    (LLAMA | {"rope_scaling": {"rope_type": "yarn"}}, "rope, key `factor`: found nothing, allowed: a number above 0"),
+    (
+        LLAMA | {"rope_scaling": {"rope_type": "spiral"}},
+        "rope, key `rope_type`: found 'spiral', allowed: default, linear",
+    ),
+    (
+        LLAMA | {"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2.0}},
+        "rope, key `type`: found 'linear'",
+    ),
+    (LLAMA | {"rope_parameters": {"mrope_section": [1]}}, "rope, key `mrope_section`: found an unknown key"),
+    (
+        LLAMA | {"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 2.0}},
+        "key `rope_scaling`: found beside another `rope_parameters`",
+    ),
+    (
+        LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}},
+        "rope, key `high_freq_factor`: found 1.0, allowed: more than low_freq_factor",
+    ),
+    (LLAMA | {"rope_theta": []}, "rope, key `rope_theta`: found []"),
+    (LLAMA | {"rope_theta": 1}, "rope, key `rope_theta`: found 1.0, allowed: a number above 1"),
+    (LLAMA | {"partial_rotary_factor": 0.5}, "model, key `partial_rotary_factor`: found 0.5, allowed: 1.0"),
+    (LLAMA | {"position_embedding_type": "none"}, "key `position_embedding_type`: found 'none', allowed: None or rope"),
+    (LLAMA | {"logit_scale": 0.25}, "model, key `logit_scale`: found 0.25, allowed: None or 1"),
+    (LLAMA | {"num_experts": 4}, "model, key `num_experts`: found 4, allowed: None or 0"),
+    (LLAMA | {"torch_dtype": "float8"}, "model, key `torch_dtype`: found 'float8', allowed: bfloat16"),
+    (LLAMA | {"auto_map": 1.5}, "model, key `auto_map`: found 1.5, allowed: an object"),
+    (LLAMA | {"hidden_act": ""}, "model, key `hidden_act`: found '', allowed: a string"),
+    (
+        LLAMA | {"model_type": "qwen3_moe", "num_experts": 8, "num_local_experts": 4},
+        "model, key `num_experts`: found 8, allowed: as `num_local_experts`",
+    ),
     (deci(block(attention_block(window_length=0))), "layer 0, attention, key `window_length`: found 0"),
 ]
 

@@ -67,7 +67,9 @@ def poison_parameters() -> None:
     load = PuzzleForCausalLM.load_weights
 
     def load_over_poison(self: Any, weights: Any) -> Any:
-        floating = {name: p for name, p in self.named_parameters() if p.is_floating_point()}
+        # vLLM fills a KV cache's scales itself where a checkpoint has none.
+        needed = {name: p for name, p in self.named_parameters() if ".self_attn.attn." not in name}
+        floating = {name: p for name, p in needed.items() if p.is_floating_point()}
         for parameter in floating.values():
             parameter.data.fill_(float("nan"))
         loaded = load(self, weights)

@@ -15,4 +15,5 @@ NUM_EDITS = 3  # per format; `python tests/model_configs/test_mutations.py 5000`
 def test_accepted_edits_of_every_format_have_the_references_log_probabilities(tmp_path: Path) -> None:
     served = mutated_parity.serve_edits(tmp_path, mutations.FORMATS, NUM_EDITS, "mutations")
     assert len(served) == NUM_EDITS * len(mutations.FORMATS)
-    assert not mutated_parity.unlike_reference(served)
+    wrong = mutated_parity.unlike_reference(served)
+    assert not wrong, "\n".join(wrong)
