@@ -68,11 +68,13 @@ class MaybeHeterogeneous:
         if per_layer_config:
             # vLLM reads some of these globally; our classes read them from the records only.
             self.allow_global_per_layer_attribute_access = True
-        self._take_over()
+        self._take_over(is_described=True)
 
-    def _take_over(self) -> None:
-        """Name our class where the records need it."""
-        if is_ours(model_record(self)):
+    def _take_over(self, is_described: bool = False) -> None:
+        """Name our class where the records need it: also for a window that only the layers' descriptions hold."""
+        record = model_record(self)
+        has_windows = any(attention.sliding_window is not None for attention in record.attentions)
+        if is_ours(record) or (is_described and has_windows):
             self.architectures = [GPT_OSS_ARCHITECTURE if self.model_type in GPT_OSS else PUZZLE_ARCHITECTURE]
 
     def _spread_window(self, per_layer_config: Any, kwargs: dict[str, Any]) -> dict[int, Any]:
