@@ -141,7 +141,7 @@ def checked_blocks(entries: Any, name: str) -> list[tuple[str, Json]]:
     """(kind, the sizes it states) of each entry of `block_configs`, or of `mtp_block_configs` (`name` says which)."""
     if not isinstance(entries, list | tuple) or not all(isinstance(entry, dict) for entry in entries):
         raise refuse("model", "block_configs", entries, "a list of objects")
-    blocks = []
+    blocks: list[tuple[str, Json]] = []
     for index, entry in enumerate(entries):
         kind = _kind(entry.get("block_type"), f"{name} {index}")
         known_keys(f"{name} {index}, {kind}", entry, ("block_type", *BLOCK_KEYS[kind]))

@@ -175,9 +175,9 @@ class NemotronHPuzzleConfig(NemotronHConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Derive what the file leaves to its blocks: the layers' kinds, and the model's sizes (the largest)."""
-        blocks, predicting = self.block_configs, self.mtp_block_configs
+        blocks, predicting, fields = self.block_configs, self.mtp_block_configs, vars(self)
         if blocks is not None:
-            check_same_kinds({"layers_block_type": self.layers_block_type, **kwargs}, blocks)
+            check_same_kinds({"layers_block_type": fields["layers_block_type"], **kwargs}, blocks)
             self.layers_block_type = block_types(blocks, "layer")
         if predicting:
             self.mtp_layers_block_type = block_types(predicting, "mtp layer")
@@ -190,7 +190,7 @@ class NemotronHPuzzleConfig(NemotronHConfig):
             for key in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"):
                 found = [block[key] for block in blocks if block.get(key) is not None]
                 setattr(self, key, max(found, default=getattr(self, key)))
-            self.ssm_state_size = shared_state_size(blocks, self.ssm_state_size)
+            self.ssm_state_size = shared_state_size(blocks, fields["ssm_state_size"])
 
     def get_nemotron_h_config_for_layer(self, layer_idx: int) -> NemotronHPuzzleConfig:
         """This configuration with the sizes of layer `layer_idx` in place of the model's."""
