@@ -12,10 +12,13 @@ from typing import Any
 
 import nemotron
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig
 from vllm_puzzle.model_configs.formats import read_model
 from vllm_puzzle.model_configs.inspect_model import describe, format_table, load_record
 from vllm_puzzle.model_configs.schema import Attention, ConfigError, Mamba2, MoE, PlainFFN
+from vllm_puzzle.model_configs.tensors import model_tensors
 from vllm_puzzle.serving import plugin
 from vllm_puzzle.serving.hf_config import NemotronHPuzzleConfig, model_record
 from vllm_puzzle.serving.preflight import check, read_request
@@ -144,6 +147,19 @@ def test_preflight_lets_nemotron_h_through_untouched(root: Path, tmp_path: Path,
     folder = write(tmp_path / name, nemotron.toy() if name == "toy" else json.loads(published.read_text()))
     request = read_request([str(folder), "--skip-tokenizer-init", "--load-format", "dummy", "--port", "0"])
     assert check(request) is None
+
+
+def test_preflight_reads_the_headers_of_nemotron_h_weights_and_nothing_more(tmp_path: Path) -> None:
+    folder = write(tmp_path / "toy", nemotron.toy())
+    names = model_tensors(load_record(folder))
+    # As published for the BF16 files (`model.`); the table has the NVFP4 files' `backbone.`, and vLLM takes both.
+    tensors = {name.replace("backbone.", "model."): torch.zeros(shape) for name, shape in names.items()}
+    save_file(tensors, folder / "model.safetensors")
+    assert check(read_request([str(folder), "--skip-tokenizer-init", "--port", "0"])) is None
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ConfigError, match=r"model\.safetensors: found 1000 bytes"):
+        check(read_request([str(folder), "--skip-tokenizer-init", "--port", "0"]))
 
 
 @pytest.fixture(scope="module")
