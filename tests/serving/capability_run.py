@@ -12,6 +12,7 @@ import gc
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,21 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         table = torch.load(job["embeds"])
         inputs = [{"prompt_embeds": table[torch.tensor(prompt)]} for prompt in job["prompts"]]
     result |= generate(engine, inputs, job)
+    if "refused_adapter" in job:  # last, as the engine may not survive it
+        refused = {"adapter": job["refused_adapter"], "adapter_id": 2, "max_tokens": 1}
+        result["refusal"] = refusal(lambda: generate(engine, inputs[:1], refused))
+    result["embed"] = refusal(lambda: engine.embed(inputs, use_tqdm=False))
     metrics = [] if job["llm"].get("disable_log_stats", True) else engine.get_metrics()
     return result | {metric.name: metric.value for metric in metrics if hasattr(metric, "value")}
+
+
+def refusal(attempt: Callable[[], object]) -> str:
+    """The error's text; empty when there was none."""
+    try:
+        attempt()
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def generate(engine: Any, inputs: list[Any], job: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +57,7 @@ def generate(engine: Any, inputs: list[Any], job: dict[str, Any]) -> dict[str, A
     from vllm.lora.request import LoRARequest
 
     params = SamplingParams(max_tokens=job["max_tokens"], temperature=0, logprobs=-1, ignore_eos=True, detokenize=False)
-    adapter = LoRARequest("adapter", 1, job["adapter"]) if "adapter" in job else None
+    adapter = LoRARequest("adapter", job.get("adapter_id", 1), job["adapter"]) if "adapter" in job else None
     outputs = engine.generate(inputs, params, lora_request=adapter, use_tqdm=False)
     tables = [[[step[k].logprob for k in range(len(step))] for step in o.outputs[0].logprobs] for o in outputs]
     return {
