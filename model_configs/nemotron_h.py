@@ -8,9 +8,20 @@ Standard library only.
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any
 
-from vllm_puzzle.model_configs.json_values import Json, flag, integer, optional_integer, refuse, strings, text
+from vllm_puzzle.model_configs.json_values import (
+    Json,
+    flag,
+    integer,
+    known_keys,
+    optional_integer,
+    refuse,
+    strings,
+    text,
+)
+from vllm_puzzle.model_configs.per_layer import build_at
 from vllm_puzzle.model_configs.schema import (
     MAX_EXPERTS,
     MAX_LAYERS,
@@ -25,6 +36,16 @@ from vllm_puzzle.model_configs.schema import (
 )
 
 SYMBOLS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
+# What an entry of `block_configs` may state (NVIDIA's configuration_nemotron_h_puzzle.py); the rest is the model's.
+BLOCK_KEYS = {
+    "mamba": ("ssm_state_size",),
+    "attention": ("sliding_window",),
+    "mlp": ("intermediate_size",),
+    "moe": (
+        "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "moe_shared_expert_intermediate_size",
+        "moe_latent_size", "routed_scaling_factor", "n_group", "topk_group", "norm_topk_prob",
+    ),
+}  # fmt: skip
 # transformers 5 renames two of them.
 KINDS = {"linear_attention": "mamba", "full_attention": "attention"} | {kind: kind for kind in SYMBOLS.values()}
 
@@ -90,31 +111,67 @@ def _plain(prefix: str, hidden: int, width: int) -> dict[str, Shape]:
 
 
 def _blocks(config: Json) -> list[tuple[str, Json]]:
-    """(kind, the entry's own keys) per layer."""
-    entries: Any = config.get("block_configs")
-    if entries is not None:
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise refuse("model", "block_configs", entries, "a list of objects")
-        return [(_kind(entry.get("block_type"), index), entry) for index, entry in enumerate(entries)]
+    """(kind, the entry's own sizes) per layer."""
+    if config.get("block_configs") is not None:
+        check_same_kinds(config, config["block_configs"])
+        return checked_blocks(config["block_configs"], "layer")
+    kinds = _listed_kinds(config)
+    if not kinds:
+        raise refuse("model", "hybrid_override_pattern", None, "a pattern, or `layers_block_type`, or `block_configs`")
+    return [(kind, {}) for kind in kinds]
+
+
+def _listed_kinds(config: Json) -> list[str]:
     names = strings("model", config, "layers_block_type")
     if not names:
         pattern = text("model", config, "hybrid_override_pattern", "")
         names = [SYMBOLS.get(symbol, symbol) for symbol in pattern]
-    if not names:
-        raise refuse("model", "hybrid_override_pattern", None, "a pattern, or `layers_block_type`, or `block_configs`")
-    return [(_kind(name, index), {}) for index, name in enumerate(names)]
+    return [_kind(name, f"layer {index}") for index, name in enumerate(names)]
 
 
-def block_types(blocks: list[Any]) -> list[str]:
-    """Puzzle-75B's layer kinds in transformers' words."""
+def check_same_kinds(config: Json, entries: Any) -> None:
+    """Refuse a list or a pattern beside `block_configs` that says something else."""
+    listed, kinds = _listed_kinds(config), [kind for kind, _ in checked_blocks(entries, "layer")]
+    for index, (found, kind) in enumerate(zip_longest(listed, kinds)):
+        if listed and found != kind:
+            raise refuse(f"layer {index}", "layers_block_type", found, f"{kind}, as in `block_configs`")
+
+
+def checked_blocks(entries: Any, name: str) -> list[tuple[str, Json]]:
+    """(kind, the sizes it states) of each entry of `block_configs`, or of `mtp_block_configs` (`name` says which)."""
+    if not isinstance(entries, list | tuple) or not all(isinstance(entry, dict) for entry in entries):
+        raise refuse("model", "block_configs", entries, "a list of objects")
+    blocks: list[tuple[str, Json]] = []
+    for index, entry in enumerate(entries):
+        kind = _kind(entry.get("block_type"), f"{name} {index}")
+        known_keys(f"{name} {index}, {kind}", entry, ("block_type", *BLOCK_KEYS[kind]))
+        blocks.append((kind, {key: value for key, value in entry.items() if value is not None}))
+    return blocks
+
+
+def block_types(entries: Any, name: str) -> list[str]:
+    """The kinds of Puzzle-75B's blocks in transformers' words."""
     names = {"mamba": "linear_attention", "attention": "full_attention"}
-    kinds = [_kind(block.get("block_type") if isinstance(block, dict) else None, i) for i, block in enumerate(blocks)]
-    return [names.get(kind, kind) for kind in kinds]
+    return [names.get(kind, kind) for kind, _ in checked_blocks(entries, name)]
 
 
-def _kind(name: Any, index: int) -> str:
+def shared_state_size(entries: Any, usual: int) -> int:
+    """The one `ssm_state_size` of all Mamba layers: vLLM's class has it from the model, so another one is refused."""
+    states = {
+        index: block.get("ssm_state_size", usual)
+        for index, (kind, block) in enumerate(checked_blocks(entries, "layer"))
+        if kind == "mamba"
+    }
+    first: int = next(iter(states.values()), usual)
+    for index, state in states.items():
+        if state != first:
+            raise refuse(f"layer {index}, mamba", "ssm_state_size", state, f"{first}, as before (vLLM has one for all)")
+    return first
+
+
+def _kind(name: Any, where: str) -> str:
     if not isinstance(name, str) or name not in KINDS:
-        raise ConfigError(f"layer {index}: found block type {name!r}, allowed: {', '.join(SYMBOLS.values())}")
+        raise ConfigError(f"{where}: found block type {name!r}, allowed: {', '.join(SYMBOLS.values())}")
     return KINDS[name]
 
 
@@ -127,12 +184,16 @@ def _layer(config: Json, kind: str, where: str) -> LayerRecord:
     if kind == "attention":
         heads, kv_heads = (integer(where, config, f"num_{key}_heads") for key in ("attention", "key_value"))
         window = optional_integer(where, config, "sliding_window")
-        return LayerRecord(Attention(heads, kv_heads, integer(where, config, "head_dim"), window), None)
+        return LayerRecord(
+            build_at(where, Attention, heads, kv_heads, integer(where, config, "head_dim"), window), None
+        )
     if kind == "mlp":
         return LayerRecord(None, PlainFFN(integer(where, config, "intermediate_size")))
     num_shared = optional_integer(where, config, "n_shared_experts") or 1
     shared = optional_integer(where, config, "moe_shared_expert_intermediate_size") or 0
-    moe = MoE(
+    moe = build_at(
+        where,
+        MoE,
         integer(where, config, "n_routed_experts", MAX_EXPERTS),
         integer(where, config, "num_experts_per_tok", MAX_EXPERTS),
         integer(where, config, "moe_intermediate_size"),

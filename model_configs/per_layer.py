@@ -94,8 +94,8 @@ def global_window(config: Json, index: int) -> int | None:
     if model_type in GPT_OSS:
         return window if index % 2 == 0 else None
     if model_type.startswith("qwen"):
-        first = optional_integer(MODEL, config, "max_window_layers") or 0
-        return window if flag(MODEL, config, "use_sliding_window") and index >= first else None
+        first = optional_integer(MODEL, config, "max_window_layers") if config.get("max_window_layers") else 0
+        return window if flag(MODEL, config, "use_sliding_window") and index >= (first or 0) else None
     return window
 
 

@@ -25,9 +25,9 @@ from transformers import (
 )
 from vllm_puzzle.model_configs.formats import BASE_ARCHITECTURES, read_model
 from vllm_puzzle.model_configs.json_values import Json, refuse
-from vllm_puzzle.model_configs.nemotron_h import block_types
+from vllm_puzzle.model_configs.nemotron_h import block_types, check_same_kinds, shared_state_size
 from vllm_puzzle.model_configs.per_layer import GPT_OSS, global_window
-from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord, MoE
+from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord
 from vllm_puzzle.serving.overrides import DISABLE_OVERRIDES, keeps_stock, say_once
 from vllm_puzzle.serving.servable import OUR_ARCHITECTURES, is_ours
 
@@ -73,11 +73,13 @@ class MaybeHeterogeneous:
         if per_layer_config:
             # vLLM reads some of these globally; our classes read them from the records only.
             self.allow_global_per_layer_attribute_access = True
-        self._take_over()
+        self._take_over(is_described=True)
 
-    def _take_over(self) -> None:
-        """Name our class where the records need it."""
-        if not is_ours(model_record(self)):
+    def _take_over(self, is_described: bool = False) -> None:
+        """Name our class where the records need it: also for a window that only the layers' descriptions hold."""
+        record = model_record(self)
+        has_windows = any(attention.sliding_window is not None for attention in record.attentions)
+        if not (is_ours(record) or (is_described and has_windows)):
             return
         ours = GPT_OSS_ARCHITECTURE if self.model_type in GPT_OSS else PUZZLE_ARCHITECTURE
         stated = next(iter(self.architectures or []), None)
@@ -175,7 +177,7 @@ class GptOssPuzzleConfig(PuzzleGptOssConfig):
 @strict
 class NemotronHPuzzleConfig(NemotronHConfig):
     """Nemotron Puzzle (75B-A9B): a NemotronH whose `block_configs` hold each layer's sizes. vLLM's class serves it; it
-    asks this class for the view of one layer, and for the sizes of the multi-token-prediction layers.
+    asks this class for the view of one layer, the multi-token-prediction layers counted on from the last.
     """
 
     model_type = "nemotron_h_puzzle"
@@ -185,19 +187,36 @@ class NemotronHPuzzleConfig(NemotronHConfig):
     mtp_n_routed_experts: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Derive the layer list, and the largest expert count, that the file leaves to its blocks."""
-        if self.block_configs is not None:
-            self.layers_block_type = block_types(self.block_configs)
+        """Derive what the file leaves to its blocks: the layers' kinds, and the model's sizes (the largest)."""
+        blocks, predicting, fields = self.block_configs, self.mtp_block_configs, vars(self)
+        if blocks is not None:
+            check_same_kinds({"layers_block_type": fields["layers_block_type"], **kwargs}, blocks)
+            self.layers_block_type = block_types(blocks, "layer")
+        if predicting:
+            self.mtp_layers_block_type = block_types(predicting, "mtp layer")
+            kwargs.pop("mtp_hybrid_override_pattern", None)
         super().__post_init__(**kwargs)
-        if self.block_configs is not None:
-            experts = [layer.ffn.num_experts for layer in model_record(self).layers if isinstance(layer.ffn, MoE)]
-            self.n_routed_experts = max(experts, default=1)
+        if predicting and self.mtp_n_routed_experts is None:
+            self.mtp_n_routed_experts = max((block.get("n_routed_experts") or 0 for block in predicting), default=0)
+        if blocks is not None:
+            model_record(self)  # a bad block stops here, before any engine starts
+            for key in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"):
+                found = [block[key] for block in blocks if block.get(key) is not None]
+                setattr(self, key, max(found, default=getattr(self, key)))
+            self.ssm_state_size = shared_state_size(blocks, fields["ssm_state_size"])
 
     def get_nemotron_h_config_for_layer(self, layer_idx: int) -> NemotronHPuzzleConfig:
         """This configuration with the sizes of layer `layer_idx` in place of the model's."""
-        view = copy.copy(self)
-        for key, value in (self.block_configs or [])[layer_idx].items():
-            setattr(view, key, value)
+        blocks, view = self.block_configs or [], copy.copy(self)
+        if layer_idx >= len(blocks):
+            blocks, layer_idx = self.mtp_block_configs or [], layer_idx - len(blocks)
+            if not blocks:
+                raise ConfigError(
+                    "model, key `mtp_block_configs`: found nothing, allowed: a list of objects (multi-token prediction)"
+                )
+        for key, value in blocks[layer_idx % len(blocks)].items():
+            if key != "block_type" and value is not None:
+                setattr(view, key, value)
         return view
 
 

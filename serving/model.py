@@ -135,9 +135,12 @@ class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle3):
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
     embedding_modules = {"embed_tokens": "input_embeddings", "lm_head": "output_embeddings"}  # noqa: RUF012
+    has_expert_lora = False  # see vllm_compat.refuse_expert_adapters
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        if vllm_config.lora_config is not None:
+            vllm_compat.refuse_expert_adapters()
         self.config = vllm_config.model_config.hf_config
         self.quant_config = vllm_config.quant_config
         self.quantization = prepare_quantization(vllm_config, model_record(self.config))

@@ -6,11 +6,13 @@ biases, clamped activation, MXFP4) and DeciLM (a shared expert, sigmoid routing 
 
 from __future__ import annotations
 
+import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import get_ep_group, get_tp_group, tensor_model_parallel_all_gather
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
 from vllm.model_executor.models.gpt_oss import GptOssRoutedExperts
@@ -51,21 +53,22 @@ class PuzzleMoE(nn.Module):
         self.add_module(self.router_name, router)
         self.is_dequantised = model.is_mxfp4 and not _runs_mxfp4()
         self._waiting: dict[str, torch.Tensor] = {}
-        self.experts = FusedMoEFactory(
-            num_experts=spec.num_experts,
-            top_k=spec.num_experts_per_tok,
-            hidden_size=model.hidden_size,
-            intermediate_size=spec.intermediate_size,
-            renormalize=spec.routing == "renormalize",
-            quant_config=None if self.is_dequantised else vllm_config.quant_config,
-            prefix=f"{prefix}.experts",
-            apply_router_weight_on_input=on_input,
-            custom_routing_function=_sigmoid_of_top if on_input else None,
-            has_bias=is_gpt_oss,
-            activation="swigluoai" if is_gpt_oss else "silu",
-            is_sequence_parallel=self.is_sequence_parallel,
-            routed_experts_cls=GptOssRoutedExperts if is_gpt_oss else None,
-        )
+        with _without_lora(vllm_config):
+            self.experts = FusedMoEFactory(
+                num_experts=spec.num_experts,
+                top_k=spec.num_experts_per_tok,
+                hidden_size=model.hidden_size,
+                intermediate_size=spec.intermediate_size,
+                renormalize=spec.routing == "renormalize",
+                quant_config=None if self.is_dequantised else vllm_config.quant_config,
+                prefix=f"{prefix}.experts",
+                apply_router_weight_on_input=on_input,
+                custom_routing_function=_sigmoid_of_top if on_input else None,
+                has_bias=is_gpt_oss,
+                activation="swigluoai" if is_gpt_oss else "silu",
+                is_sequence_parallel=self.is_sequence_parallel,
+                routed_experts_cls=GptOssRoutedExperts if is_gpt_oss else None,
+            )
         if spec.shared_intermediate_size:
             shared = GatedFFN(spec.shared_intermediate_size)
             self.shared_expert = PuzzleFFN(model, shared, vllm_config, f"{prefix}.shared_expert")
@@ -117,6 +120,17 @@ class PuzzleMoE(nn.Module):
             return None
         blocks, scales = (tensor, other) if tail == "blocks" else (other, tensor)
         return mxfp4_dequantize(blocks, scales, torch.get_default_dtype()).transpose(1, 2)
+
+
+def _without_lora(vllm_config: VllmConfig) -> AbstractContextManager[Any]:
+    """The configuration that vLLM's experts read, without LoRA: they take no adapters here
+    (vllm_compat.refuse_expert_adapters), and with it they would need Triton's kernels, which a CPU lacks.
+    """
+    if vllm_config.lora_config is None:
+        return nullcontext()
+    view = copy.copy(vllm_config)
+    view.lora_config = None
+    return set_current_vllm_config(view)
 
 
 def _runs_mxfp4() -> bool:

@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_puzzle.model_configs.schema import ConfigError
+
 SUPPORTED_VLLM = ((0, 32), (0, 34))
 
 
@@ -136,6 +138,20 @@ LEDGER = (
     ),
     LedgerEntry(
         target="vllm._custom_ops:onednn_scaled_mm", why="as above", upstream="as above", remove_when="as above"
+    ),
+    LedgerEntry(
+        target="vllm.lora.model_manager:get_supported_lora_modules",
+        why="vLLM names an adapter's experts by the first layer's expert count and drops those beyond it, or misplaces "
+        "the rest, where the counts differ; on CPU it has no expert LoRA at all. Without `experts` among the supported "
+        "modules, the other modules take adapters, and an adapter for experts is refused by name.",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/lora/utils.py",
+        remove_when="vLLM maps expert adapters layer by layer",
+    ),
+    LedgerEntry(
+        target="vllm.lora.worker_manager:WorkerLoRAManager._load_adapter",
+        why="as above: vLLM's refusal lists every tensor of every expert; wrapped to say it in one line",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/lora/lora_model.py",
+        remove_when="as above",
     ),
     LedgerEntry(
         target="vllm.entrypoints.cli.serve:ServeSubcommand",
@@ -296,6 +312,40 @@ def _kv_cache_planner() -> Any:
     except ImportError:
         from vllm.v1.core import kv_cache_utils as planner
     return planner
+
+
+def refuse_expert_adapters() -> None:
+    """Leave `experts` out of the modules that take LoRA adapters, in models that say `has_expert_lora = False`.
+
+    vLLM then refuses an adapter for them while it loads (ConfigError). Other models are untouched. Repeatable.
+    """
+    from vllm.lora import model_manager
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    original, load = model_manager.get_supported_lora_modules, WorkerLoRAManager._load_adapter
+    if getattr(original, "_puzzle_leaves_experts_out", False):
+        return
+
+    def has_expert_lora(model: Any) -> bool:
+        return bool(getattr(model, "has_expert_lora", True))
+
+    def supported(model: Any) -> list[str]:
+        return [name for name in original(model) if has_expert_lora(model) or name != "experts"]
+
+    def load_or_refuse(self: Any, lora_request: Any) -> Any:
+        try:
+            return load(self, lora_request)
+        except ValueError as error:
+            if has_expert_lora(self._adapter_manager.model) or ".experts" not in str(error):
+                raise
+            raise ConfigError(
+                f"adapter {lora_request.lora_path}: found weights for experts, allowed: for any other matrix "
+                "(vLLM has no adapters for experts whose number differs by layer)"
+            ) from None
+
+    supported._puzzle_leaves_experts_out = True  # type: ignore[attr-defined]
+    model_manager.get_supported_lora_modules = supported
+    WorkerLoRAManager._load_adapter = load_or_refuse
 
 
 def allocate_stage_inputs_on_demand() -> None:

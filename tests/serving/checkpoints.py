@@ -144,12 +144,14 @@ def _as_mxfp4(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def write_adapter(folder: Path, model: ReferenceModel, rank: int) -> Path:
-    """Write a random LoRA adapter in PEFT's format for every matrix of the layers, and merge it into `model`."""
+def write_adapter(folder: Path, model: ReferenceModel, rank: int, leave_out: str = "no such name") -> Path:
+    """Write a random LoRA adapter in PEFT's format for every matrix of the layers whose name does not hold `leave_out`,
+    and merge it into `model`.
+    """
     generator = torch.Generator().manual_seed(2)
     tensors, targets = {}, set()
     for name, weight in model.named_tensors().items():
-        if not name.startswith("model.layers.") or weight.ndim != 2:
+        if not name.startswith("model.layers.") or weight.ndim != 2 or leave_out in name:
             continue
         down = torch.randn(rank, weight.shape[1], generator=generator) * 0.1
         up = torch.randn(weight.shape[0], rank, generator=generator) * 0.1
