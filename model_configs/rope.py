@@ -31,6 +31,8 @@ KEYS = (
     "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor",
     "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate",
 )  # fmt: skip
+# Names of older models, which vLLM reads in place of rope_theta and partial_rotary_factor.
+LEGACY_KEYS = ("rotary_emb_base", "rotary_pct", "rotary_emb_fraction")
 # Hugging Face's GptOssConfig, when the file names nothing; gpt-oss-puzzle changed the factor, so it has no default.
 GPT_OSS_ROPE = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
@@ -78,6 +80,12 @@ def _parameters(config: Json) -> dict[str, Any]:
     if not given and config["model_type"] == "gpt_oss":
         given = {**GPT_OSS_ROPE}
     known_keys("rope", given, KEYS)
+    for key in LEGACY_KEYS:
+        if config.get(key) is not None:
+            raise refuse("model", key, config[key], "nothing (vLLM takes it for another rotary key)")
+    outer = optional_integer("model", config, "original_max_position_embeddings")
+    if outer not in (None, given.get("original_max_position_embeddings")):
+        raise refuse("model", "original_max_position_embeddings", outer, "as in `rope_scaling` or `rope_parameters`")
     for place, block in (("rope", given), ("model", config)):
         if optional_number(place, block, "partial_rotary_factor") not in (None, 1.0):
             raise refuse(
