@@ -55,6 +55,9 @@ def read_rope(config: Json) -> Rope:
     original = optional_integer("rope", given, "original_max_position_embeddings")
     if original is None and rope_type in ("yarn", "llama3"):
         original = optional_integer("model", config, "max_position_embeddings")
+    outer = config.get("original_max_position_embeddings")  # Phi-3's place for it; vLLM lets it win
+    if outer not in (None, original):
+        raise refuse("model", "original_max_position_embeddings", outer, f"{original}, as under `rope_scaling`")
     low, high = (optional_number("rope", given, f"{end}_freq_factor") for end in ("low", "high"))
     if rope_type == "llama3" and low is not None and high is not None and low >= high:
         raise refuse("rope", "high_freq_factor", high, f"more than low_freq_factor = {low}")
@@ -83,9 +86,6 @@ def _parameters(config: Json) -> dict[str, Any]:
     for key in LEGACY_KEYS:
         if config.get(key) is not None:
             raise refuse("model", key, config[key], "nothing (vLLM takes it for another rotary key)")
-    outer = optional_integer("model", config, "original_max_position_embeddings")
-    if outer not in (None, given.get("original_max_position_embeddings")):
-        raise refuse("model", "original_max_position_embeddings", outer, "as in `rope_scaling` or `rope_parameters`")
     for place, block in (("rope", given), ("model", config)):
         if optional_number(place, block, "partial_rotary_factor") not in (None, 1.0):
             raise refuse(

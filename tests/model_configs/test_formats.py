@@ -310,6 +310,7 @@ BAD = [
     ),
     (LLAMA | {"rope_theta": []}, "rope, key `rope_theta`: found []"),
     (LLAMA | {"rope_theta": 1}, "rope, key `rope_theta`: found 1.0, allowed: a number above 1"),
+    (LLAMA | {"original_max_position_embeddings": 64}, "found 64, allowed: None, as under `rope_scaling`"),
     (LLAMA | {"partial_rotary_factor": 0.5}, "model, key `partial_rotary_factor`: found 0.5, allowed: 1.0"),
     (LLAMA | {"position_embedding_type": "none"}, "key `position_embedding_type`: found 'none', allowed: None or rope"),
     (LLAMA | {"logit_scale": 0.25}, "model, key `logit_scale`: found 0.25, allowed: None or 1"),

@@ -18,15 +18,15 @@ ROPE = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings":
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "attention_layers", "kv_bytes"),
+    ("name", "parameters", "attention_layers", "called_layers", "kv_bytes"),
     [
-        ("nemotron-super-49b-v1.json", 49_867_145_216, 49, 200_704),
-        ("nemotron-ultra-253b-v1.json", 253_401_268_224, 64, 262_144),
-        ("gpt-oss-puzzle-88b.reconstructed.json", 88_150_438_080, 36, 73_728),
+        ("nemotron-super-49b-v1.json", 49_867_145_216, 49, 80, 200_704),
+        ("nemotron-ultra-253b-v1.json", 253_401_268_224, 64, 81, 262_144),
+        ("gpt-oss-puzzle-88b.reconstructed.json", 88_150_438_080, 36, 36, 73_728),
     ],
 )
 def test_a_published_model_is_built_at_its_final_size_and_never_larger(
-    root: Path, tmp_path: Path, name: str, parameters: int, attention_layers: int, kv_bytes: int
+    root: Path, tmp_path: Path, name: str, parameters: int, attention_layers: int, called_layers: int, kv_bytes: int
 ) -> None:
     config = json.loads((root / "tests" / "configs" / name).read_text())
     config |= {"rope_scaling": ROPE} if config["model_type"] == "gpt_oss_puzzle" else {}
@@ -43,4 +43,6 @@ def test_a_published_model_is_built_at_its_final_size_and_never_larger(
     assert sizes["num_parameters"] == parameters
     assert sizes["num_created"] == parameters, "a layer was built at another size first"
     assert sizes["num_attention_layers"] == attention_layers
+    # 81 of Ultra's 162 layers are empty: they cost no call, and no node in a traced graph.
+    assert sizes["num_called_layers"] == called_layers
     assert 2 * sizes["kv_elements_per_token"] == kv_bytes
