@@ -1,20 +1,23 @@
-"""vLLM endpoint plugin `puzzle_reasoning`: makes the three spellings of the reasoning switch one.
+"""vLLM endpoint plugin `puzzle_reasoning`: every client's own reasoning fields work, on all three APIs.
 
-It adds no route. It wraps the chat handlers' entry method, where requests arrive parsed and streaming is untouched,
-and writes the switch where the chat template and the reasoning parser both look: `enable_thinking`.
+It adds no route. A middleware reads the fields from the body (`dial/middleware.py`); here the handlers' entry methods,
+where requests arrive parsed and streaming is untouched, write what follows from them into vLLM's own fields.
 vLLM loads it only when VLLM_PLUGINS names it; `vllm-puzzle serve` does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from vllm_puzzle.serving import vllm_compat
-from vllm_puzzle.serving.reasoning import RequestError, needs_system_line, read_switch, with_system_line
+from vllm_puzzle.serving.dial.middleware import WISH, DialMiddleware
+from vllm_puzzle.serving.dial.request import ReasoningRequest, RequestError
+from vllm_puzzle.serving.dial.resolve import Effective, ModelDial, resolve, template_arguments
+from vllm_puzzle.serving.dial.system_line import needs_system_line, read_lines, with_line, with_system_line
 
-# Both take a ChatCompletionRequest; the Anthropic handler translates into one and calls its own method.
-HANDLERS = ("openai_serving_chat", "anthropic_serving_messages")
+Entry = Callable[..., Awaitable[Any]]
 
 
 class ReasoningPlugin:
@@ -24,18 +27,28 @@ class ReasoningPlugin:
     required_tasks = ("generate",)
 
     def attach_router(self, app: Any) -> None:
-        """No route of our own."""
+        """No route of our own; the middleware that reads the fields."""
+        app.add_middleware(DialMiddleware)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Wrap each chat handler that this server has."""
+        """Wrap each handler that this server has."""
         model_config = engine_client.model_config
         tokenizer = getattr(engine_client.renderer, "tokenizer", None)
         template = vllm_compat.chat_template_text(args.chat_template, tokenizer)
-        by_system_line = needs_system_line(template, getattr(model_config.hf_config, "model_type", ""))
-        for name in HANDLERS:
+        dial = ModelDial(
+            template_arguments(template),
+            has_system_line=needs_system_line(template, getattr(model_config.hf_config, "model_type", "")),
+            has_budget=vllm_compat.counts_thinking_tokens(engine_client),
+        )
+        # The Anthropic handler translates into a chat request and calls its own method.
+        for name, method, apply in (
+            ("openai_serving_chat", "create_chat_completion", apply_to_chat),
+            ("anthropic_serving_messages", "create_chat_completion", apply_to_chat),
+            ("openai_serving_responses", "create_responses", apply_to_responses),
+        ):
             handler = getattr(state, name, None)
             if handler is not None:
-                handler.create_chat_completion = _wrap(handler, handler.create_chat_completion, by_system_line)
+                setattr(handler, method, _wrap(handler, getattr(handler, method), apply, dial))
 
 
 def make_plugin() -> ReasoningPlugin:
@@ -43,22 +56,64 @@ def make_plugin() -> ReasoningPlugin:
     return ReasoningPlugin()
 
 
-def _wrap(handler: Any, original: Callable[..., Awaitable[Any]], by_system_line: bool) -> Callable[..., Awaitable[Any]]:
-    async def create_chat_completion(request: Any, *args: Any, **kwargs: Any) -> Any:
+def _wrap(handler: Any, original: Entry, apply: Callable[[Any, ReasoningRequest, ModelDial], None], dial: Any) -> Entry:
+    async def entry(request: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            apply_switch(request, by_system_line)
+            apply(request, WISH.get() or ReasoningRequest(), dial)
         except RequestError as error:
-            return handler.create_error_response(str(error))
+            return handler.create_error_response(str(error), param=error.param)
         return await original(request, *args, **kwargs)
 
-    return create_chat_completion
+    return entry
 
 
-def apply_switch(request: Any, by_system_line: bool) -> None:
-    """Write the request's switch into its template arguments (and its system message), in place."""
-    switch = read_switch(request.messages, request.chat_template_kwargs, request.reasoning_effort)
-    if switch.is_on is None:
-        return
-    request.chat_template_kwargs = {**(request.chat_template_kwargs or {}), "enable_thinking": switch.is_on}
-    if by_system_line:
-        request.messages = with_system_line(request.messages, switch.is_on)
+def apply_to_chat(request: Any, wish: ReasoningRequest, dial: ModelDial) -> None:
+    """Write the wish into a vLLM ChatCompletionRequest, in place."""
+    done = resolve(_with_text(wish, read_lines(request.messages)), dial)
+    _set_template_arguments(request, done)
+    request.reasoning_effort = done.effort
+    request.thinking_token_budget = done.budget
+    if not done.is_visible:
+        request.include_reasoning = False
+    if dial.has_system_line and done.is_on is not None:
+        request.messages = with_system_line(request.messages, done.is_on)
+
+
+def apply_to_responses(request: Any, wish: ReasoningRequest, dial: ModelDial) -> None:
+    """Write the wish into a vLLM ResponsesRequest, in place. Its API has no field for a budget, so the sampling
+    parameters get it where they are made.
+    """
+    lines = read_lines([{"role": "system", "content": request.instructions or ""}])
+    done = resolve(_with_text(wish, lines), dial)
+    _set_template_arguments(request, done)
+    if dial.has_system_line and done.is_on is not None and not lines:
+        request.instructions = with_line(request.instructions or "", done.is_on)
+    effort = "none" if done.is_on is False else done.effort
+    if effort is not None:
+        request.reasoning = vllm_compat.responses_reasoning(effort)
+    if done.budget is not None:
+        vllm_compat.set_responses_budget(request, done.budget)
+
+
+def _set_template_arguments(request: Any, done: Effective) -> None:
+    if done.template_arguments:
+        request.chat_template_kwargs = {**(request.chat_template_kwargs or {}), **done.template_arguments}
+
+
+def _with_text(wish: ReasoningRequest, lines: list[bool]) -> ReasoningRequest:
+    """The wish with a system line's switch in it; two different answers are an error."""
+    for is_on in lines:
+        if wish.is_on not in (None, is_on):
+            source = wish.sources["is_on"]
+            raise RequestError(
+                f"`{source}` asks for reasoning {_word(not is_on)}, a system line `detailed thinking` for "
+                f"{_word(is_on)}; allowed: one answer",
+                source,
+            )
+        source = "a system line `detailed thinking`"
+        wish = replace(wish, is_on=is_on, sources={"is_on": source, **wish.sources})
+    return wish
+
+
+def _word(is_on: bool) -> str:
+    return "on" if is_on else "off"

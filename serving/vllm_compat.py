@@ -166,6 +166,19 @@ LEDGER = (
         remove_when="vLLM offers a hook on parsed chat requests",
     ),
     LedgerEntry(
+        target="vllm.entrypoints.openai.responses.serving:OpenAIServingResponses.create_responses",
+        why="as above, of the Responses API; its request has no field for a thinking budget, so that of the sampling "
+        "parameters is set where the request makes them",
+        upstream="as above",
+        remove_when="as above, and the request has such a field",
+    ),
+    LedgerEntry(
+        target="vllm.config.reasoning:ReasoningConfig.enabled",
+        why="whether the server can count thinking tokens; a budget without it is refused before it is queued",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
         target="vllm.renderers.chat_utils:load_chat_template",
         why="reads --chat-template as the server does, to see which switch the template knows",
         upstream="as above",
@@ -444,3 +457,29 @@ def fork_engine_core() -> None:
     from vllm.v1.engine import utils as engine_utils
 
     engine_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
+
+
+def counts_thinking_tokens(engine_client: Any) -> bool:
+    """Whether the engine knows the thinking markers (--reasoning-parser), so that it can hold a budget."""
+    config = getattr(engine_client.vllm_config, "reasoning_config", None)
+    return config is not None and bool(config.enabled)
+
+
+def responses_reasoning(effort: str) -> Any:
+    """The `reasoning` object of a Responses request."""
+    from openai.types.shared import Reasoning
+
+    return Reasoning.model_construct(effort=effort)
+
+
+def set_responses_budget(request: Any, budget: int) -> None:
+    """Give the sampling parameters of one Responses request a thinking budget."""
+    make = request.to_sampling_params
+
+    def to_sampling_params(*args: Any, **kwargs: Any) -> Any:
+        params = make(*args, **kwargs)
+        params.thinking_token_budget = budget
+        return params
+
+    # A pydantic model takes no foreign attributes; its own dictionary is looked up before the class's methods.
+    vars(request)["to_sampling_params"] = to_sampling_params
