@@ -74,6 +74,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 DENSE: dict[str, tuple[Any, ...]] = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), (None, 0))
 
 
+def is_described(config: Json) -> bool:
+    """Whether the file describes its layers one by one; if not, vLLM's own class knows what to make of it."""
+    descriptions = (config.get("block_configs"), config.get("per_layer_config"))
+    is_puzzle = config.get("model_type") in ("nemotron-nas", "gpt_oss_puzzle") or any(descriptions)
+    return is_puzzle or config.get("architectures") == ["AnyModel"]
+
+
 def read_model(config: Json) -> ModelRecord:
     """The record of a config.json (parsed). Raises ConfigError naming layer, key, found and allowed."""
     model_type = text(MODEL, config, "model_type", "")

@@ -77,7 +77,12 @@ class MaybeHeterogeneous:
 
     def _take_over(self, is_described: bool = False) -> None:
         """Name our class where the records need it: also for a window that only the layers' descriptions hold."""
-        record = model_record(self)
+        try:
+            record = model_record(self)
+        except ConfigError:
+            if is_described:
+                raise
+            return  # a homogeneous model with something of its own: vLLM's class knows
         has_windows = any(attention.sliding_window is not None for attention in record.attentions)
         if not (is_ours(record) or (is_described and has_windows)):
             return
@@ -150,8 +155,8 @@ class PuzzleGptOssConfig(MaybeHeterogeneous, GptOssConfig):
         super().__post_init__(**kwargs)
         if given:  # transformers lets its default win over an older file's `rope_scaling`
             self.rope_parameters = {**(_rope(self) or {}), **given}
-        if self.model_type == "gpt_oss" or hasattr(self, "block_configs"):
-            self._take_over()
+        if self.model_type == "gpt_oss" and not hasattr(self, "block_configs"):
+            self._take_over()  # for `layer_types`; what describes its layers was taken over already
 
 
 @strict

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_puzzle.model_configs.formats import FAMILIES, read_model
+from vllm_puzzle.model_configs.formats import FAMILIES, is_described, read_model
 from vllm_puzzle.model_configs.json_values import mapping, read_object
 from vllm_puzzle.model_configs.quantization import check_cpu_kernels
 from vllm_puzzle.model_configs.quantization_formats import LEGACY_FILE, load_quantization, quantization_entry
@@ -112,16 +112,30 @@ def check(request: Request) -> ModelRecord | None:
     config = read_object(path / "config.json")
     if request.needs_tokenizer and request.tokenizer is None:
         _check_tokenizer(path)
-    record = read_model(config) if config.get("model_type") in FAMILIES else None
+    record = _read_record(config)
     if record is not None:
         if is_ours(record):
             check_servable(record)
         check_tensor_parallel(record, request.tensor_parallel_size, request.is_expert_parallel)
     if request.load_format in ("auto", "safetensors"):
         _check_weights(path, config, record)
-    if record is not None:
+    if record is not None and (is_described(config) or is_ours(record)):
         _check_transformers(config, record)
     return record
+
+
+def _read_record(config: dict[str, Any]) -> ModelRecord | None:
+    """The model's record; None where the file is not one of ours to judge: another family, or a homogeneous model with
+    something that our readers do not know and vLLM's own class may.
+    """
+    if config.get("model_type") not in FAMILIES:
+        return None
+    try:
+        return read_model(config)
+    except ConfigError:
+        if is_described(config):
+            raise
+        return None
 
 
 def _check_transformers(config: dict[str, Any], record: ModelRecord) -> None:

@@ -43,9 +43,10 @@ class DialMiddleware:
             raw = await _read_body(receive)
             body = _parse(raw)
             if body is not None:
-                wish = combine(read_statements(body))
-                raw = json.dumps(without_fields(body, scope["path"])).encode()
-                WISH.set(wish)
+                WISH.set(combine(read_statements(body)))
+                kept = without_fields(body, scope["path"])
+                # A long prompt is not encoded again for nothing.
+                raw = raw if kept == body else json.dumps(kept).encode()
         except RequestError as error:
             await _answer(send, scope["path"], error)
             return

@@ -147,6 +147,11 @@ def test_the_middleware_hands_on_the_wish_and_a_body_without_foreign_fields() ->
     assert seen["next"] == {"type": "http.disconnect"}, "a client that leaves must still be noticed"
 
 
+def test_a_body_without_such_fields_goes_on_byte_for_byte() -> None:
+    raw = b'{ "model": "m",  "messages": [], "temperature": 1.0 }'
+    assert call("/v1/chat/completions", raw)[1]["body"] == raw
+
+
 @pytest.mark.parametrize(("path", "method"), [("/v1/models", "POST"), ("/v1/chat/completions", "PUT")])
 def test_other_paths_and_methods_pass_untouched(path: str, method: str) -> None:
     raw = json.dumps({"thinking_tokens": 1}).encode()

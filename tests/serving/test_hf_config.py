@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import checkpoints
@@ -10,7 +12,8 @@ import published
 import pytest
 from vllm_puzzle.model_configs.formats import read_model
 from vllm_puzzle.model_configs.schema import ConfigError
-from vllm_puzzle.serving.hf_config import check_transformers_agrees
+from vllm_puzzle.serving.hf_config import PuzzleGptOssConfig, check_transformers_agrees
+from vllm_puzzle.serving.preflight import check, read_request
 
 FIXTURES = {"deci": checkpoints.deci_config(checkpoints.ALL_KINDS), **families.FAMILIES, **published.PUBLISHED}
 
@@ -51,3 +54,24 @@ def test_a_heterogeneous_model_under_another_architectures_name_is_refused() -> 
     config = families.FAMILIES["deci wide"] | {"architectures": ["LlamaForCausalLM"]}
     with pytest.raises(ConfigError, match="key `architectures`: found 'LlamaForCausalLM', allowed: AnyModel or DeciLM"):
         check_transformers_agrees(config, read_model(config))
+
+
+def test_a_homogeneous_model_with_something_of_its_own_is_left_to_vllm(tmp_path: Path) -> None:
+    """Our readers know what our class computes; vLLM's own classes may know more."""
+    plain = {k: v for k, v in families.FAMILIES["llama"].items() if k != "per_layer_config"}
+    checkpoints.write_checkpoint(tmp_path, plain)
+    (tmp_path / "config.json").write_text(json.dumps(plain | {"hidden_act": "gelu"}))
+    request = read_request([str(tmp_path), "--skip-tokenizer-init", "--port", "0"])
+    assert check(request) is None
+    (tmp_path / "config.json").write_text(json.dumps(families.FAMILIES["llama"] | {"hidden_act": "gelu"}))
+    with pytest.raises(ConfigError, match="key `hidden_act`: found 'gelu'"):
+        check(request)
+
+
+def test_a_gpt_oss_with_another_clamp_keeps_vllms_class_unless_its_layers_differ() -> None:
+    clamp = {"swiglu_limit": 5.0, "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]}
+    config = families.config("gpt_oss", "GptOssForCausalLM", **families.GPT_OSS) | clamp
+    config.pop("model_type")
+    assert PuzzleGptOssConfig(**config).architectures == ["GptOssForCausalLM"]
+    with pytest.raises(ConfigError, match=r"key `swiglu_limit`: found 5\.0, allowed: 7\.0"):
+        PuzzleGptOssConfig(**config, per_layer_config={"1": {"num_local_experts": 4}})
