@@ -13,11 +13,14 @@ from typing import Any
 
 from vllm_puzzle.serving import vllm_compat
 from vllm_puzzle.serving.dial.middleware import WISH, DialMiddleware
+from vllm_puzzle.serving.dial.reply import finish_message, finish_stream
 from vllm_puzzle.serving.dial.request import ReasoningRequest, RequestError
 from vllm_puzzle.serving.dial.resolve import Effective, ModelDial, resolve, template_arguments
 from vllm_puzzle.serving.dial.system_line import needs_system_line, read_lines, with_line, with_system_line
 
 Entry = Callable[..., Awaitable[Any]]
+Apply = Callable[[Any, ReasoningRequest, ModelDial], Effective]
+Finish = Callable[[Any, Effective], Any]
 
 
 class ReasoningPlugin:
@@ -40,15 +43,15 @@ class ReasoningPlugin:
             has_system_line=needs_system_line(template, getattr(model_config.hf_config, "model_type", "")),
             has_budget=vllm_compat.counts_thinking_tokens(engine_client),
         )
-        # The Anthropic handler translates into a chat request and calls its own method.
-        for name, method, apply in (
-            ("openai_serving_chat", "create_chat_completion", apply_to_chat),
-            ("anthropic_serving_messages", "create_chat_completion", apply_to_chat),
-            ("openai_serving_responses", "create_responses", apply_to_responses),
+        # The Anthropic handler translates into a chat request, calls its own method, and translates the reply.
+        for name, method, apply, finish in (
+            ("openai_serving_chat", "create_chat_completion", apply_to_chat, finish_chat),
+            ("anthropic_serving_messages", "create_chat_completion", apply_to_messages, _as_it_is),
+            ("openai_serving_responses", "create_responses", apply_to_responses, _as_it_is),
         ):
             handler = getattr(state, name, None)
             if handler is not None:
-                setattr(handler, method, _wrap(handler, getattr(handler, method), apply, dial))
+                setattr(handler, method, _wrap(handler, getattr(handler, method), apply, finish, dial))
 
 
 def make_plugin() -> ReasoningPlugin:
@@ -56,35 +59,62 @@ def make_plugin() -> ReasoningPlugin:
     return ReasoningPlugin()
 
 
-def _wrap(handler: Any, original: Entry, apply: Callable[[Any, ReasoningRequest, ModelDial], None], dial: Any) -> Entry:
+def _wrap(handler: Any, original: Entry, apply: Apply, finish: Finish, dial: ModelDial) -> Entry:
     async def entry(request: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            apply(request, WISH.get() or ReasoningRequest(), dial)
+            done = apply(request, WISH.get() or ReasoningRequest(), dial)
         except RequestError as error:
             return handler.create_error_response(str(error), param=error.param)
-        return await original(request, *args, **kwargs)
+        return finish(await original(request, *args, **kwargs), done)
 
     return entry
 
 
-def apply_to_chat(request: Any, wish: ReasoningRequest, dial: ModelDial) -> None:
-    """Write the wish into a vLLM ChatCompletionRequest, in place."""
+def _as_it_is(reply: Any, done: Effective) -> Any:
+    return reply
+
+
+def finish_chat(reply: Any, done: Effective) -> Any:
+    """A chat reply with its thought under both names, or without it: a stream of events, a response, or an error."""
+    if hasattr(reply, "__aiter__"):
+        return finish_stream(reply, done.is_visible)
+    for choice in getattr(reply, "choices", []):
+        finish_message(choice.message, done.is_visible)
+    return reply
+
+
+def apply_to_messages(request: Any, wish: ReasoningRequest, dial: ModelDial) -> Effective:
+    """Write the wish into the chat request that an Anthropic one has become, in place."""
+    done = apply_to_chat(request, wish, dial)
+    if not done.is_visible:
+        request.include_reasoning = False
+    return done
+
+
+def apply_to_chat(request: Any, wish: ReasoningRequest, dial: ModelDial) -> Effective:
+    """Write the wish into a vLLM ChatCompletionRequest, in place.
+
+    A hidden thought stays in the request: vLLM's `include_reasoning: false` would start a grammar at the first token.
+    It is taken out of the reply (finish_chat).
+    """
     done = resolve(_with_text(wish, read_lines(request.messages)), dial)
     _set_template_arguments(request, done)
     request.reasoning_effort = done.effort
     request.thinking_token_budget = done.budget
-    if not done.is_visible:
-        request.include_reasoning = False
     if dial.has_system_line and done.is_on is not None:
         request.messages = with_system_line(request.messages, done.is_on)
+    return done
 
 
-def apply_to_responses(request: Any, wish: ReasoningRequest, dial: ModelDial) -> None:
+def apply_to_responses(request: Any, wish: ReasoningRequest, dial: ModelDial) -> Effective:
     """Write the wish into a vLLM ResponsesRequest, in place. Its API has no field for a budget, so the sampling
     parameters get it where they are made.
     """
     lines = read_lines([{"role": "system", "content": request.instructions or ""}])
     done = resolve(_with_text(wish, lines), dial)
+    if not done.is_visible:
+        source = wish.sources["is_visible"]
+        raise RequestError(f"`{source}`: found on the Responses API, allowed on chat completions and messages", source)
     _set_template_arguments(request, done)
     if dial.has_system_line and done.is_on is not None and not lines:
         request.instructions = with_line(request.instructions or "", done.is_on)
@@ -93,6 +123,7 @@ def apply_to_responses(request: Any, wish: ReasoningRequest, dial: ModelDial) ->
         request.reasoning = vllm_compat.responses_reasoning(effort)
     if done.budget is not None:
         vllm_compat.set_responses_budget(request, done.budget)
+    return done
 
 
 def _set_template_arguments(request: Any, done: Effective) -> None:

@@ -96,7 +96,32 @@ def test_a_hidden_thought_is_thought_all_the_same(client: openai.OpenAI) -> None
     assert chat(client, {"reasoning": {"exclude": True}}) == ("", answer, tokens)
 
 
-@pytest.mark.parametrize("knob", [{"think": False}, {"thinking_budget": 8}, {}])
+def test_a_thought_has_both_names_that_clients_read(client: openai.OpenAI) -> None:
+    options: Any = {"model": MODEL, "messages": CHAT, "temperature": 0}
+    message: Any = client.chat.completions.create(**options).choices[0].message
+    assert message.reasoning_content == message.reasoning
+    assert message.reasoning
+    streamed = "".join(
+        getattr(choice.delta, "reasoning_content", None) or ""
+        for chunk in client.chat.completions.create(**options, stream=True)
+        for choice in chunk.choices
+    )
+    assert streamed == message.reasoning
+
+
+DIGIT = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize("knob", [{}, {"include_reasoning": False}, {"thinking_budget": 8}])
+def test_a_schema_starts_after_the_thought_even_a_hidden_one(client: openai.OpenAI, knob: dict[str, Any]) -> None:
+    thinking, answer, tokens = chat(client, {**knob, "response_format": DIGIT})
+    free = chat(client, {})
+    assert answer.strip().isdigit()
+    assert tokens == min(knob.get("thinking_budget", free[2]), free[2])
+    assert thinking == ("" if knob.get("include_reasoning") is False else free[0][:tokens])
+
+
+@pytest.mark.parametrize("knob", [{"think": False}, {"thinking_budget": 8}, {"reasoning": {"exclude": True}}, {}])
 def test_a_stream_is_the_same_text(client: openai.OpenAI, knob: dict[str, Any]) -> None:
     thinking, answer, tokens = "", "", None
     stream: Any = client.chat.completions.create(
@@ -129,6 +154,8 @@ def test_the_responses_api_has_the_same_dial(client: openai.OpenAI) -> None:
     assert responses(client) == responses(client, reasoning={"effort": "low"}) == free
     assert responses(client, reasoning={"effort": "none"}) == chat(client, {"think": False})
     assert responses(client, extra_body={"reasoning": {"max_tokens": 8}}) == chat(client, {"thinking_budget": 8})
+    with pytest.raises(openai.BadRequestError, match=r"`reasoning\.exclude`: found on the Responses API"):
+        responses(client, extra_body={"reasoning": {"exclude": True}})
     streamed = ""
     for event in client.responses.create(
         model=MODEL, input=QUESTION, temperature=0, stream=True, extra_body={"thinking_token_budget": 8}
