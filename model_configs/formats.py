@@ -29,7 +29,7 @@ from vllm_puzzle.model_configs.json_values import (
 )
 from vllm_puzzle.model_configs.per_layer import GPT_OSS, MOE_KEYS
 from vllm_puzzle.model_configs.rope import read_rope
-from vllm_puzzle.model_configs.schema import ConfigError, LayerRecord, ModelRecord
+from vllm_puzzle.model_configs.schema import MAX_CONTEXT, ConfigError, LayerRecord, ModelRecord
 
 FAMILIES = ("nemotron-nas", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", *GPT_OSS)
 # Read for `inspect`; vLLM's own class serves them.
@@ -109,7 +109,7 @@ def read_model(config: Json) -> ModelRecord:
         vocab_size=integer(MODEL, config, "vocab_size"),
         hidden_size=integer(MODEL, config, "hidden_size"),
         layers=_read_layers(config, model_type),
-        max_position_embeddings=integer(MODEL, config, "max_position_embeddings"),
+        max_position_embeddings=integer(MODEL, config, "max_position_embeddings", MAX_CONTEXT),
         rms_norm_eps=epsilon,
         rope=read_rope(config),
         tie_word_embeddings=flag(MODEL, config, "tie_word_embeddings"),

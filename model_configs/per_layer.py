@@ -128,6 +128,9 @@ def _layer(config: Json, index: int, override: Json) -> LayerRecord:
     where = f"layer {index}"
     model_type = config["model_type"]
     known_keys(f"{where}, per_layer_config", override, COMMON_KEYS + MOE_KEYS.get(model_type, ()))
+    for key, value in override.items():
+        if value is None and key != "sliding_window":  # a window may be taken away, a size may not
+            raise refuse(f"{where}, per_layer_config", key, None, "a value, or no such key")
     skip = strings(f"{where}, per_layer_config", override, "skip")
     for name in skip:
         if name not in SKIP_ATTENTION + SKIP_FFN:

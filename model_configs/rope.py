@@ -17,7 +17,7 @@ from vllm_puzzle.model_configs.json_values import (
     refuse,
     text,
 )
-from vllm_puzzle.model_configs.schema import ConfigError, Rope
+from vllm_puzzle.model_configs.schema import MAX_CONTEXT, ConfigError, Rope
 
 # Per type what it needs beside the base, as transformers 5 has it (modeling_rope_utils).
 REQUIRED: dict[str, tuple[str, ...]] = {
@@ -55,6 +55,16 @@ def read_rope(config: Json) -> Rope:
     original = optional_integer("rope", given, "original_max_position_embeddings")
     if original is None and rope_type in ("yarn", "llama3"):
         original = optional_integer("model", config, "max_position_embeddings")
+    factor = optional_number("rope", given, "factor")
+    if factor is not None and factor < 1 and rope_type != "default":
+        raise refuse("rope", "factor", factor, "a number from 1 (it lengthens)")
+    if factor is not None and original is not None and factor * original > MAX_CONTEXT:  # vLLM tabulates every position
+        raise refuse(
+            "rope", "factor", factor, f"at most {MAX_CONTEXT} positions over `original_max_position_embeddings`"
+        )
+    fast, slow = optional_number("rope", given, "beta_fast"), optional_number("rope", given, "beta_slow")
+    if rope_type == "yarn" and (fast or 32.0) <= (slow or 1.0):
+        raise refuse("rope", "beta_fast", fast or 32.0, f"more than beta_slow = {slow or 1.0}")
     outer = config.get("original_max_position_embeddings")  # Phi-3's place for it; vLLM lets it win
     if outer not in (None, original):
         raise refuse("model", "original_max_position_embeddings", outer, f"{original}, as under `rope_scaling`")
@@ -64,12 +74,12 @@ def read_rope(config: Json) -> Rope:
     return Rope(
         rope_theta=_theta(config, given),
         rope_type=rope_type,
-        factor=optional_number("rope", given, "factor"),
+        factor=factor,
         low_freq_factor=low,
         high_freq_factor=high,
         original_max_position_embeddings=original,
-        beta_fast=optional_number("rope", given, "beta_fast"),
-        beta_slow=optional_number("rope", given, "beta_slow"),
+        beta_fast=fast,
+        beta_slow=slow,
         attention_factor=optional_number("rope", given, "attention_factor"),
         truncate=flag("rope", {"truncate": True, **given}, "truncate"),
     )

@@ -13,7 +13,7 @@ from typing import Any
 Shape = tuple[int, ...]
 
 # Beyond any published model; a larger number is a mistake, and would only exhaust memory.
-MAX_SIZE, MAX_LAYERS, MAX_EXPERTS = 2**31 - 1, 10_000, 10_000
+MAX_SIZE, MAX_LAYERS, MAX_EXPERTS, MAX_CONTEXT = 2**31 - 1, 10_000, 10_000, 2**26
 
 
 class ConfigError(ValueError):

@@ -113,8 +113,10 @@ def apply_to_responses(request: Any, wish: ReasoningRequest, dial: ModelDial) ->
     lines = read_lines([{"role": "system", "content": request.instructions or ""}])
     done = resolve(_with_text(wish, lines), dial)
     if not done.is_visible:
-        source = wish.sources["is_visible"]
-        raise RequestError(f"`{source}`: found on the Responses API, allowed on chat completions and messages", source)
+        if request.extract_structured_outputs() is not None:  # vLLM would start the grammar at the first token
+            source = wish.sources["is_visible"]
+            raise RequestError(f"`{source}`: found beside a schema on this API, allowed on chat completions", source)
+        request.include_reasoning = False
     _set_template_arguments(request, done)
     if dial.has_system_line and done.is_on is not None and not lines:
         request.instructions = with_line(request.instructions or "", done.is_on)

@@ -264,6 +264,18 @@ BAD = [
         LLAMA | {"per_layer_config": {"1": {"n_embd": 3}}},
         "layer 1, per_layer_config, key `n_embd`: found an unknown key",
     ),
+    (
+        LLAMA | {"per_layer_config": {"1": {"num_key_value_heads": None}}},
+        "layer 1, per_layer_config, key `num_key_value_heads`: found nothing, allowed: a value, or no such key",
+    ),
+    (
+        LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 0.5}},
+        "rope, key `factor`: found 0.5, allowed: a number from 1",
+    ),
+    (
+        LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 1.0, "beta_slow": 2.0}},
+        "rope, key `beta_fast`: found 1.0, allowed: more than beta_slow = 2.0",
+    ),
     (LLAMA | {"hidden_act": "gelu"}, "key `hidden_act`: found 'gelu', allowed: 'silu'"),
     ({k: v for k, v in LLAMA.items() if k != "vocab_size"}, "key `vocab_size`: found nothing"),
     (deci(block()) | {"num_hidden_layers": 2}, "key `block_configs`: found 1 entries, allowed: num_hidden_layers = 2"),

@@ -26,7 +26,7 @@ def length(record: ModelRecord) -> int:
     rope = record.rope
     own = record.max_position_embeddings
     if rope.rope_type == "yarn":
-        own = int((rope.original_max_position_embeddings or 0) * (rope.factor or 1))
+        own = min(own, int((rope.original_max_position_embeddings or 0) * (rope.factor or 1)))
     return min(own, MAX_LENGTH)
 
 

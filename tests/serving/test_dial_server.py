@@ -154,8 +154,11 @@ def test_the_responses_api_has_the_same_dial(client: openai.OpenAI) -> None:
     assert responses(client) == responses(client, reasoning={"effort": "low"}) == free
     assert responses(client, reasoning={"effort": "none"}) == chat(client, {"think": False})
     assert responses(client, extra_body={"reasoning": {"max_tokens": 8}}) == chat(client, {"thinking_budget": 8})
-    with pytest.raises(openai.BadRequestError, match=r"`reasoning\.exclude`: found on the Responses API"):
-        responses(client, extra_body={"reasoning": {"exclude": True}})
+    hidden = {"reasoning": {"exclude": True}}
+    assert responses(client, extra_body=hidden) == ("", *free[1:])
+    schema: Any = {"format": {"type": "json_schema", "name": "answer", "schema": {"type": "integer"}}}
+    with pytest.raises(openai.BadRequestError, match=r"`reasoning\.exclude`: found beside a schema on this API"):
+        responses(client, text=schema, extra_body=hidden)
     streamed = ""
     for event in client.responses.create(
         model=MODEL, input=QUESTION, temperature=0, stream=True, extra_body={"thinking_token_budget": 8}
