@@ -33,7 +33,12 @@ class ModelDial:
     @property
     def has_switch(self) -> bool:
         """Whether the model has an off state of its own."""
-        return self.has_system_line or not self.arguments.isdisjoint(SWITCH_ARGUMENTS)
+        return self.has_system_line or self.is_switched_by_level or not self.arguments.isdisjoint(SWITCH_ARGUMENTS)
+
+    @property
+    def is_switched_by_level(self) -> bool:
+        """Whether "none" as the level is the only switch (Mistral, GLM)."""
+        return "reasoning_effort" in self.arguments and self.arguments.isdisjoint(SWITCH_ARGUMENTS)
 
 
 def template_arguments(template: str) -> frozenset[str]:
@@ -50,7 +55,7 @@ def template_arguments(template: str) -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True)
 class Effective:
-    """What is done: `is_on` None leaves the model's default; `budget` None sets no limit."""
+    """What is done: `is_on` None leaves the model's default, `effort` may be "none"; `budget` None sets no limit."""
 
     is_on: bool | None = None
     effort: str | None = None
@@ -73,7 +78,8 @@ def resolve(wish: ReasoningRequest, model: ModelDial) -> Effective:
             f"`{source}`: found on a server that cannot count thinking tokens, allowed with --reasoning-parser", source
         )
     arguments = _switch_arguments(wish, model) | _level_arguments(wish, model) | _history_arguments(wish, model)
-    return Effective(wish.is_on, wish.effort, budget, wish.is_visible is not False, arguments)
+    effort = "none" if wish.is_on is False and model.is_switched_by_level else wish.effort
+    return Effective(wish.is_on, effort, budget, wish.is_visible is not False, arguments)
 
 
 def _switch_arguments(wish: ReasoningRequest, model: ModelDial) -> dict[str, Any]:

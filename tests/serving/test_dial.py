@@ -50,6 +50,14 @@ def test_a_wish_becomes_template_arguments_and_a_budget(
     assert (dict(done.template_arguments), done.budget) == (arguments, budget)
 
 
+def test_a_model_that_only_a_level_switches_off_gets_that_level() -> None:
+    by_level = ModelDial(frozenset({"messages", "reasoning_effort"}), has_budget=False)
+    done = resolve(wish(is_on=False), by_level)
+    assert (done.effort, done.budget) == ("none", None)
+    assert resolve(wish(is_on=True, effort="low"), by_level).template_arguments["reasoning_effort"] == "low"
+    assert resolve(wish(is_on=False), QWEN).effort is None
+
+
 def test_what_a_model_or_a_server_cannot_do_is_refused_by_field() -> None:
     uncounted = ModelDial(frozenset(), has_budget=False)
     for asked in ({"is_on": True, "budget": 5}, {"is_on": False}):
