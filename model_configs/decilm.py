@@ -23,6 +23,7 @@ from vllm_puzzle.model_configs.json_values import (
 from vllm_puzzle.model_configs.per_layer import (
     GPT_OSS,
     MODEL,
+    blocks_of,
     build_at,
     family_routing,
     global_window,
@@ -31,7 +32,6 @@ from vllm_puzzle.model_configs.per_layer import (
 from vllm_puzzle.model_configs.per_layer import MOE_KEYS as FAMILY_MOE_KEYS
 from vllm_puzzle.model_configs.schema import (
     MAX_EXPERTS,
-    MAX_LAYERS,
     Attention,
     AttentionKind,
     ConfigError,
@@ -58,14 +58,7 @@ CONV_KERNEL = 4  # of the Megatron mixer that DeciLM's code instantiates
 
 def read_layers(config: Json) -> tuple[LayerRecord, ...]:
     """One record per entry of `block_configs`."""
-    blocks, num_layers = config.get("block_configs"), integer(MODEL, config, "num_hidden_layers", MAX_LAYERS)
-    if not isinstance(blocks, list | tuple):
-        raise refuse(MODEL, "block_configs", blocks, f"a list of {num_layers} objects")
-    if len(blocks) != num_layers:
-        raise ConfigError(
-            f"model, key `block_configs`: found {len(blocks)} entries, allowed: num_hidden_layers = {num_layers}"
-        )
-    return tuple(_layer(config, block, index, f"layer {index}") for index, block in enumerate(blocks))
+    return tuple(_layer(config, block, index, f"layer {index}") for index, block in enumerate(blocks_of(config)))
 
 
 def ffn_mult_to_width(ffn_mult: float, hidden_size: int) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_puzzle.model_configs.json_values import Json, known_keys, optional_integer, refuse
-from vllm_puzzle.model_configs.per_layer import GPT_OSS
+from vllm_puzzle.model_configs.json_values import Json, known_keys, optional_integer
+from vllm_puzzle.model_configs.per_layer import GPT_OSS, blocks_of
 from vllm_puzzle.model_configs.schema import MAX_EXPERTS, Attention, ConfigError, LayerRecord, ModelRecord, MoE, Shape
 
 BLOCK_KEYS = ("num_local_experts", "sliding_window")
@@ -27,10 +27,7 @@ def has_flat_blocks(config: Json) -> bool:
 
 def read_overrides(config: Json) -> dict[int, dict[str, Any]]:
     """Per layer the expert count and the window, null for full attention."""
-    blocks, num_layers = config["block_configs"], config.get("num_hidden_layers")
-    if not isinstance(blocks, list | tuple) or len(blocks) != num_layers:
-        raise refuse("model", "block_configs", blocks, f"a list of num_hidden_layers = {num_layers} objects")
-    return {index: _block(block, f"layer {index}") for index, block in enumerate(blocks)}
+    return {index: _block(block, f"layer {index}") for index, block in enumerate(blocks_of(config))}
 
 
 def _block(block: Any, where: str) -> dict[str, Any]:

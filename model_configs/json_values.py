@@ -31,10 +31,14 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def refuse(where: str, key: str, found: object, allowed: str) -> ConfigError:
-    """The error for one bad value; long values are cut so that the message stays one line."""
-    shown = repr(found) if found is not None else "nothing"
-    shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}…"
-    return ConfigError(f"{where}, key `{key}`: found {shown}, allowed: {allowed}")
+    """The error for one bad value."""
+    return ConfigError(f"{where}, key `{key}`: found {shown(found)}, allowed: {allowed}")
+
+
+def shown(found: object) -> str:
+    """A value for a message; long ones are cut so that it stays one line."""
+    text = repr(found) if found is not None else "nothing"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def integer(where: str, block: Json, key: str, maximum: int = MAX_SIZE) -> int:

@@ -78,6 +78,18 @@ def overrides_of(config: Json) -> dict[int, Json]:
     return overrides
 
 
+def blocks_of(config: Json) -> list[Any]:
+    """`block_configs`, one entry per layer, whatever the entries hold."""
+    blocks, num_layers = config.get("block_configs"), integer(MODEL, config, "num_hidden_layers", MAX_LAYERS)
+    if not isinstance(blocks, list | tuple):
+        raise refuse(MODEL, "block_configs", blocks, f"a list of {num_layers} objects")
+    if len(blocks) != num_layers:
+        raise ConfigError(
+            f"model, key `block_configs`: found {len(blocks)} entries, allowed: num_hidden_layers = {num_layers}"
+        )
+    return list(blocks)
+
+
 def global_window(config: Json, index: int) -> int | None:
     """The window a layer has without an override of its own.
 

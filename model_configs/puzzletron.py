@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_puzzle.model_configs.json_values import Json, flag, known_keys, optional_integer, refuse, text
-from vllm_puzzle.model_configs.per_layer import GPT_OSS, MOE_KEYS
+from vllm_puzzle.model_configs.per_layer import GPT_OSS, MOE_KEYS, blocks_of
 from vllm_puzzle.model_configs.schema import ConfigError
 
 SHARED_KEYS = ("kind", "name", "no_op")
@@ -31,12 +31,7 @@ def is_v2(config: Json) -> bool:
 
 def read_overrides(config: Json) -> dict[int, dict[str, Any]]:
     """Per layer what differs from the model, in the words of the family's config.json."""
-    blocks, num_layers = config["block_configs"], config.get("num_hidden_layers")
-    if len(blocks) != num_layers:
-        raise ConfigError(
-            f"model, key `block_configs`: found {len(blocks)} entries, allowed: num_hidden_layers = {num_layers}"
-        )
-    return {index: _layer(config, block, f"layer {index}") for index, block in enumerate(blocks)}
+    return {index: _layer(config, block, f"layer {index}") for index, block in enumerate(blocks_of(config))}
 
 
 def _layer(config: Json, block: Any, where: str) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from vllm_puzzle.model_configs.schema import (
 from vllm_puzzle.serving.attention import PuzzleAttention
 from vllm_puzzle.serving.ffn import PuzzleFFN, PuzzleLinear
 from vllm_puzzle.serving.moe import PuzzleMoE
-from vllm_puzzle.serving.servable import check_block
 
 
 class PuzzleDecoderLayer(nn.Module):
@@ -31,7 +30,6 @@ class PuzzleDecoderLayer(nn.Module):
 
     def __init__(self, model: ModelRecord, record: LayerRecord, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        check_block(record, prefix)
         self.self_attn = _build_attention(model, record.attention, vllm_config, f"{prefix}.self_attn")
         self.mlp = _build_ffn(model, record.ffn, vllm_config, f"{prefix}.mlp")
         self.is_empty = self.self_attn is None and self.mlp is None
@@ -101,7 +99,7 @@ def _build_attention(model: ModelRecord, spec: AttentionKind, config: VllmConfig
         return None
     if isinstance(spec, LinearMap):
         return PuzzleLinear(model, "linear_attn", config, prefix)
-    assert isinstance(spec, Attention), "check_block refuses anything else"
+    assert isinstance(spec, Attention), "check_servable refuses anything else"
     return PuzzleAttention(model, spec, config, prefix)
 
 
@@ -112,5 +110,5 @@ def _build_ffn(model: ModelRecord, spec: FFNKind, config: VllmConfig, prefix: st
         return PuzzleLinear(model, "linear_mlp", config, prefix)
     if isinstance(spec, MoE):
         return PuzzleMoE(model, spec, config, prefix)
-    assert isinstance(spec, GatedFFN), "check_block refuses anything else"
+    assert isinstance(spec, GatedFFN), "check_servable refuses anything else"
     return PuzzleFFN(model, spec, config, prefix)

@@ -37,7 +37,7 @@ from vllm_puzzle.serving.moe import PuzzleMoE
 from vllm_puzzle.serving.quantized_layers import check_layers, prepare_quantization
 from vllm_puzzle.serving.servable import check_servable
 from vllm_puzzle.serving.stages import use_partition_by_cost
-from vllm_puzzle.serving.weights import TensorAccount, canonical_name, check_shared_scales
+from vllm_puzzle.serving.weights import TensorAccount, check_shared_scales
 
 EXPERT = re.compile(r"(?P<module>model\.layers\.(?P<layer>\d+)\.(?:.+\.)?mlp)\.experts\.(?P<name>.+)")
 
@@ -188,23 +188,23 @@ class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle3):
         account = TensorAccount(self.record, self.quantization)
         loaded: set[str] = set()
         weights = check_shared_scales(weights, self.quantization)
-        rest = self._load_experts(account.watch(weights), loaded)
+        rest = self._load_experts(account.watch(weights), account, loaded)
         return loaded | AutoWeightsLoader(self).load_weights(rest, mapper=self.hf_to_vllm_mapper)
 
     def _load_experts(
-        self, weights: Iterable[tuple[str, torch.Tensor]], loaded: set[str]
+        self, weights: Iterable[tuple[str, torch.Tensor]], account: TensorAccount, loaded: set[str]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Load expert tensors into `loaded`, pass the others on."""
         parameters = dict(self.named_parameters())
         for name, tensor in weights:
             match = EXPERT.match(name)
             if match is None:
-                name = canonical_name(name)
+                parameter = account.parameter_name(name)
                 # Scales of a KV cache that is not FP8 have no parameter, and no effect.
-                if not (name.endswith("attn.k_scale") or name.endswith("attn.v_scale")) or name in parameters:
-                    yield name, tensor
+                if name not in account.kv_scales or parameter in parameters:
+                    yield parameter, tensor
             elif not isinstance(self.model.layers[int(match["layer"])], PPMissingLayer):
                 experts = self.get_submodule(match["module"])
                 assert isinstance(experts, PuzzleMoE), "the account knows the tensor, so the layer has experts"
-                parameter = experts.load_expert(match["name"], tensor)
-                loaded |= {f"{match['module']}.{parameter}"} if parameter else set()
+                filled = experts.load_expert(match["name"], tensor)
+                loaded |= {f"{match['module']}.{filled}"} if filled else set()

@@ -27,8 +27,6 @@ T = TypeVar("T")
 # Recomputed from the config by every engine; old Llama exports carry it.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
 MAX_NAMED = 5
-# Scales of an FP8 KV cache, under the three names that published checkpoints use; canonical: self_attn.attn.k_scale.
-KV_SCALE = re.compile(r"(?P<owner>model\.layers\.\d+\..*?self_attn)\.(?:attn\.|k_proj\.|v_proj\.)?(?P<of>[kv])_scale$")
 DTYPE_NAMES = {
     "float32": "F32",
     "float16": "F16",
@@ -86,6 +84,11 @@ class TensorAccount:
             raise WeightsError(f"{place(name)}: found twice, allowed: once")
         missing.remove(key)
         return True
+
+    def parameter_name(self, name: str) -> str:
+        """vLLM's parameter for a KV-cache scale, whichever of its names the checkpoint uses; others are unchanged."""
+        scale = self.kv_scales.get(name)
+        return name if scale is None else scale.replace(".self_attn.", ".self_attn.attn.")
 
     def _is_idle_norm(self, name: str) -> bool:
         """Hugging Face's `skip` may leave the norm of a skipped sub-block in the file; DeciLM's no-op has none."""
@@ -145,11 +148,6 @@ def dtype_name(dtype: object) -> str:
     """safetensors' name of a torch dtype: torch.float8_e4m3fn → F8_E4M3."""
     name = str(dtype).removeprefix("torch.")
     return DTYPE_NAMES.get(name, name)
-
-
-def canonical_name(name: str) -> str:
-    """vLLM's parameter for a KV-cache scale, whichever of its names the checkpoint uses; others are unchanged."""
-    return KV_SCALE.sub(r"\g<owner>.attn.\g<of>_scale", name)
 
 
 def place(name: str) -> str:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from vllm_puzzle.model_configs.json_values import shown
 from vllm_puzzle.serving.dial.request import EFFORTS, UNLIMITED, RequestError, Statement
 
 Body = Mapping[str, Any]
@@ -205,6 +206,4 @@ def _boolean(name: str, value: Any) -> bool:
 
 
 def _refuse(name: str, value: Any, allowed: str) -> RequestError:
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
-    return RequestError(f"`{name}`: found {shown}, allowed: {allowed}", name)
+    return RequestError(f"`{name}`: found {shown(value)}, allowed: {allowed}", name)

@@ -7,16 +7,11 @@ from typing import Any
 
 import pytest
 import quantized_checkpoints as quantized
-import torch
 from parity import Jobs
 from quantized_checkpoints import KINDS, KV_SCALES, QuantizedReference
 from test_quantized import assert_as_accurate_as_bfloat16
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.slow,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 # NVFP4's fixture has shapes only.
 SERVED = [name for name in KINDS if "nvfp4" not in name]
 
