@@ -1,0 +1,275 @@
+"""Where a token stream thinks, how much, and which token must come next: the specification of a thinking budget.
+
+Pure Python, one token at a time. vLLM's V1 runner enforces budgets with it (`serving/thinking_v1.py`), the API process
+mirrors every request with it to report what happened, and `thinking_triton.py` computes the same on the device for the
+V2 runner. A machine is a function of (markers, limits, prompt, tokens so far) and of the moment of a `close`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+OUTSIDE, THINKING, CLOSING = range(3)
+NATURAL, BUDGET, LOOP, TOOL_CALL, USER = "natural", "budget", "loop", "tool_call", "user"
+# A phrase that would take more than this share of a budget is left out.
+PHRASE_SHARE = 2
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkingMarkers:
+    """What one server's model writes around a thought, as token ids.
+
+    start: opens a thought. ends: each of them closes it, written by the model. closing: what is forced in their place,
+    a marker too. phrase: forced before it, part of the thought and of its budget. boundaries: tokens after which a
+    thought may be cut (line or sentence ends). tool_starts: each opens a tool call, which ends a thought.
+    """
+
+    start: Tokens
+    ends: tuple[Tokens, ...]
+    closing: Tokens
+    phrase: Tokens = ()
+    boundaries: frozenset[int] = frozenset()
+    tool_starts: tuple[Tokens, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, marker in (("start", self.start), ("closing", self.closing), *(("ends", end) for end in self.ends)):
+            if not marker:
+                raise ValueError(f"thinking markers, key `{name}`: found no token, allowed: at least one")
+        if not self.ends:
+            raise ValueError("thinking markers, key `ends`: found none, allowed: at least one")
+
+
+@dataclass(frozen=True, slots=True)
+class LoopRule:
+    """A thought loops when `count` copies of one pattern of min_pattern to max_pattern tokens end it."""
+
+    min_pattern: int
+    max_pattern: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.min_pattern <= self.max_pattern and self.count >= 2):
+            raise ValueError(f"loop rule: found {self}, allowed: 1 <= min_pattern <= max_pattern, count >= 2")
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkingLimits:
+    """One request's limits. budget: most thinking tokens of the whole response, None for no limit. grace: how many
+    tokens before the limit a boundary is taken as the end."""
+
+    budget: int | None = None
+    grace: int = 0
+    loop: LoopRule | None = None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing can ever be forced."""
+        return self.budget is None and self.loop is None
+
+
+def opens_thought(markers: ThinkingMarkers, prompt: Sequence[int]) -> bool:
+    """Whether the last marker in the prompt opens a thought."""
+    start = _last(prompt, markers.start)
+    return start >= 0 and start > max(_last(prompt, end) for end in markers.ends)
+
+
+def _last(tokens: Sequence[int], marker: Tokens) -> int:
+    """Index of the last occurrence of `marker`, or -1."""
+    size, stop = len(marker), len(tokens)
+    backwards = list(tokens[::-1])
+    position = -1
+    while True:
+        try:
+            position = backwards.index(marker[-1], position + 1)
+        except ValueError:
+            return -1
+        start = stop - position - size
+        if start >= 0 and tuple(tokens[start : start + size]) == marker:
+            return start
+
+
+@dataclass(slots=True)
+class ThinkingMachine:
+    """State after some tokens of one response. `forced` is the token that must come next, None when the model is free.
+
+    num_thinking counts thought tokens of all blocks, forced phrases included, markers excluded; num_markers the
+    markers' tokens; num_tokens all. A beginning marker of several tokens counts as thought until it is whole, so that
+    no limit is passed whichever way it goes on.
+    """
+
+    markers: ThinkingMarkers
+    limits: ThinkingLimits = ThinkingLimits()
+    mode: int = OUTSIDE
+    forced: int | None = None
+    reason: str | None = None
+    num_tokens: int = 0
+    num_thinking: int = 0
+    num_markers: int = 0
+    num_blocks: int = 0
+    _tail: list[int] = field(default_factory=list)
+    _runs: dict[int, int] = field(default_factory=dict)
+    _queue: Tokens = ()
+    _position: int = 0
+    _why: str = BUDGET
+    _memory: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        markers, loop = self.markers, self.limits.loop
+        sizes = [len(marker) for marker in (markers.start, *markers.ends, *markers.tool_starts)]
+        # How many last tokens the rules look at.
+        self._memory = max(*sizes, len(markers.phrase) + len(markers.closing), loop.max_pattern + 1 if loop else 0)
+
+    @classmethod
+    def after_prompt(
+        cls, markers: ThinkingMarkers, limits: ThinkingLimits, prompt: Sequence[int] | None
+    ) -> ThinkingMachine:
+        """The state before the first token. Prompt tokens inside an open thought are no part of the response."""
+        machine = cls(markers, limits)
+        if prompt is not None and opens_thought(markers, prompt):
+            machine._open()
+        return machine
+
+    def feed(self, tokens: Iterable[int]) -> None:
+        """Go on by the tokens that the response got."""
+        for token in tokens:
+            self.num_tokens += 1
+            if self.mode == THINKING:
+                self._think(token)
+            elif self.mode == OUTSIDE:
+                self._answer(token)
+            else:
+                self._close(token)
+
+    def close(self, reason: str) -> None:
+        """End the open thought from the next token on; nothing if none is open."""
+        if self.mode == THINKING:
+            self._force(reason)
+
+    def forced_along(self, drafts: Sequence[int]) -> list[int | None]:
+        """The forced token at each position if `drafts` came one after the other: len(drafts) + 1 of them."""
+        machine, found = self._fork(), [self.forced]
+        for draft in drafts:
+            machine.feed((draft,))
+            found.append(machine.forced)
+        return found
+
+    @property
+    def num_answer(self) -> int:
+        """Tokens outside thoughts, markers excluded."""
+        return self.num_tokens - self.num_thinking - self.num_markers
+
+    # --- one token ---------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        self.mode, self._tail, self._runs = THINKING, [], {}
+        self.num_blocks += 1
+        self._check_limits(None)
+
+    def _answer(self, token: int) -> None:
+        start = self.markers.start
+        self._remember(token)
+        if token == start[-1] and _ends_with(self._tail, start):
+            self.num_markers += len(start)
+            self._open()
+
+    def _think(self, token: int) -> None:
+        self._remember(token)
+        self.num_thinking += 1
+        for marker in self.markers.ends:
+            if token == marker[-1] and _ends_with(self._tail, marker):
+                self._leave(len(marker), NATURAL)
+                return
+        for marker in self.markers.tool_starts:
+            if token == marker[-1] and _ends_with(self._tail, marker):
+                # The call is part of the answer: its marker is no thought, and no thought marker either.
+                self._leave(len(marker), TOOL_CALL)
+                self.num_markers -= len(marker)
+                return
+        self._check_limits(token)
+
+    def _close(self, token: int) -> None:
+        if token != self._queue[self._position]:  # the sampler was not ours: what came is thought
+            self.mode, self.forced = THINKING, None
+            self._think(token)
+            return
+        self._position += 1
+        self._remember(token)
+        self.num_thinking += 1
+        if self._position < len(self._queue):
+            self.forced = self._queue[self._position]
+        else:
+            self._leave(len(self.markers.closing), self._why)
+
+    def _leave(self, marker_size: int, reason: str) -> None:
+        """The thought is over; its last `marker_size` tokens were no thought."""
+        self.num_thinking -= marker_size
+        self.num_markers += marker_size
+        self.mode, self.forced, self._tail = OUTSIDE, None, []
+        # A second block that ends by itself does not hide that the first one was cut.
+        if self.reason in (None, NATURAL, TOOL_CALL):
+            self.reason = reason
+
+    def _check_limits(self, token: int | None) -> None:
+        """Whether the thought must end after `token`, its last one (None: it has just been opened)."""
+        limits = self.limits
+        if limits.budget is not None:
+            left = limits.budget - self.num_thinking - len(self._phrase_within(limits.budget))
+            if left <= 0 or (left <= limits.grace and token in self.markers.boundaries):
+                self._force(BUDGET)
+                return
+        if limits.loop is not None and token is not None and self._loops(limits.loop, token):
+            self._force(LOOP)
+
+    def _phrase_within(self, budget: int) -> Tokens:
+        phrase = self.markers.phrase
+        return phrase if len(phrase) * PHRASE_SHARE <= budget else ()
+
+    def _force(self, why: str) -> None:
+        budget, phrase = self.limits.budget, self.markers.phrase
+        if budget is not None:
+            phrase = self._phrase_within(budget)
+            if self.num_thinking + len(phrase) > budget:
+                phrase = ()
+        self.mode, self._why, self._queue = CLOSING, why, phrase + self.markers.closing
+        # The model may have begun the same words itself: go on from there.
+        self._position = next(
+            (size for size in range(len(self._queue) - 1, 0, -1) if _ends_with(self._tail, self._queue[:size])), 0
+        )
+        self.forced = self._queue[self._position]
+        if self._position > len(phrase):  # it had begun to end the thought: what is left of the marker is its own
+            self._why = NATURAL
+
+    def _loops(self, rule: LoopRule, token: int) -> bool:
+        """Counts, per distance, how long each token has equalled the one that far back."""
+        window = self._tail[-rule.max_pattern - 1 : -1]
+        runs: dict[int, int] = {}
+        index = -1
+        try:
+            while True:
+                index = window.index(token, index + 1)
+                distance = len(window) - index
+                runs[distance] = self._runs.get(distance, 0) + 1
+        except ValueError:
+            self._runs = runs
+        return any(
+            distance >= rule.min_pattern and run >= distance * (rule.count - 1) for distance, run in runs.items()
+        )
+
+    def _remember(self, token: int) -> None:
+        self._tail.append(token)
+        if len(self._tail) > 2 * self._memory:
+            del self._tail[: -self._memory]
+
+    def _fork(self) -> ThinkingMachine:
+        return ThinkingMachine(
+            self.markers, self.limits, self.mode, self.forced, self.reason, self.num_tokens, self.num_thinking,
+            self.num_markers, self.num_blocks, self._tail[-self._memory :], dict(self._runs), self._queue,
+            self._position, self._why,
+        )  # fmt: skip
+
+
+def _ends_with(tail: Sequence[int], marker: Tokens) -> bool:
+    return len(tail) >= len(marker) and tuple(tail[-len(marker) :]) == marker
