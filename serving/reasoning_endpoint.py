@@ -8,15 +8,16 @@ vLLM loads it only when VLLM_PLUGINS names it; `vllm-puzzle serve` does.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Any
 
 from vllm_puzzle.serving import vllm_compat
 from vllm_puzzle.serving.dial.middleware import WISH, DialMiddleware
+from vllm_puzzle.serving.dial.policy import policy_from_environment
+from vllm_puzzle.serving.dial.profile import profile_of
 from vllm_puzzle.serving.dial.reply import finish_message, finish_stream
 from vllm_puzzle.serving.dial.request import ReasoningRequest, RequestError
-from vllm_puzzle.serving.dial.resolve import Effective, ModelDial, resolve, template_arguments
-from vllm_puzzle.serving.dial.system_line import needs_system_line, read_lines, with_line, with_system_line
+from vllm_puzzle.serving.dial.resolve import Effective, ModelDial, resolve, settled_messages, text_state
+from vllm_puzzle.serving.dial.responses_text import as_messages, write_back
 
 Entry = Callable[..., Awaitable[Any]]
 Apply = Callable[[Any, ReasoningRequest, ModelDial], Effective]
@@ -31,18 +32,11 @@ class ReasoningPlugin:
 
     def attach_router(self, app: Any) -> None:
         """No route of our own; the middleware that reads the fields."""
-        app.add_middleware(DialMiddleware)
+        app.add_middleware(DialMiddleware, max_body_bytes=policy_from_environment().max_body_bytes)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Wrap each handler that this server has."""
-        model_config = engine_client.model_config
-        tokenizer = getattr(engine_client.renderer, "tokenizer", None)
-        template = vllm_compat.chat_template_text(args.chat_template, tokenizer)
-        dial = ModelDial(
-            template_arguments(template),
-            has_system_line=needs_system_line(template, getattr(model_config.hf_config, "model_type", "")),
-            has_budget=vllm_compat.counts_thinking_tokens(engine_client),
-        )
+        dial = model_dial(engine_client, args)
         # The Anthropic handler translates into a chat request, calls its own method, and translates the reply.
         for name, method, apply, finish in (
             ("openai_serving_chat", "create_chat_completion", apply_to_chat, finish_chat),
@@ -52,6 +46,16 @@ class ReasoningPlugin:
             handler = getattr(state, name, None)
             if handler is not None:
                 setattr(handler, method, _wrap(handler, getattr(handler, method), apply, finish, dial))
+
+
+def model_dial(engine_client: Any, args: Any) -> ModelDial:
+    """The served model's dial: profile from its template and type, policy from the environment."""
+    model_config = engine_client.model_config
+    template = vllm_compat.chat_template_text(args.chat_template, getattr(engine_client.renderer, "tokenizer", None))
+    names = [*(getattr(args, "served_model_name", None) or []), model_config.model]
+    start, end = vllm_compat.thinking_texts(engine_client)
+    profile = profile_of(getattr(model_config.hf_config, "model_type", ""), " ".join(names), template, start, end)
+    return ModelDial(profile, policy_from_environment(), vllm_compat.counts_thinking_tokens(engine_client), names[0])
 
 
 def make_plugin() -> ReasoningPlugin:
@@ -97,12 +101,11 @@ def apply_to_chat(request: Any, wish: ReasoningRequest, dial: ModelDial) -> Effe
     A hidden thought stays in the request: vLLM's `include_reasoning: false` would start a grammar at the first token.
     It is taken out of the reply (finish_chat).
     """
-    done = resolve(_with_text(wish, read_lines(request.messages)), dial)
+    done = resolve(wish, dial, text_state(request.messages, dial))
     _set_template_arguments(request, done)
     request.reasoning_effort = done.effort
     request.thinking_token_budget = done.budget
-    if dial.has_system_line and done.is_on is not None:
-        request.messages = with_system_line(request.messages, done.is_on)
+    request.messages = settled_messages(request.messages, done, dial)
     return done
 
 
@@ -110,19 +113,19 @@ def apply_to_responses(request: Any, wish: ReasoningRequest, dial: ModelDial) ->
     """Write the wish into a vLLM ResponsesRequest, in place. Its API has no field for a budget, so the sampling
     parameters get it where they are made.
     """
-    lines = read_lines([{"role": "system", "content": request.instructions or ""}])
-    done = resolve(_with_text(wish, lines), dial)
+    messages = as_messages(request)
+    done = resolve(wish, dial, text_state(messages, dial))
     if not done.is_visible:
         if request.extract_structured_outputs() is not None:  # vLLM would start the grammar at the first token
-            source = wish.sources["is_visible"]
+            source = wish.sources.get("is_visible") or wish.sources.get("is_on", "reasoning")
             raise RequestError(f"`{source}`: found beside a schema on this API, allowed on chat completions", source)
         request.include_reasoning = False
     _set_template_arguments(request, done)
-    if dial.has_system_line and done.is_on is not None and not lines:
-        request.instructions = with_line(request.instructions or "", done.is_on)
-    effort = "none" if done.is_on is False else done.effort
-    if effort is not None:
-        request.reasoning = vllm_compat.responses_reasoning(effort)
+    settled = settled_messages(messages, done, dial, is_whole=request.previous_response_id is None)
+    if settled != messages:
+        write_back(request, settled)
+    if done.effort is not None:
+        request.reasoning = vllm_compat.responses_reasoning(done.effort)
     if done.budget is not None:
         vllm_compat.set_responses_budget(request, done.budget)
     return done
@@ -131,22 +134,3 @@ def apply_to_responses(request: Any, wish: ReasoningRequest, dial: ModelDial) ->
 def _set_template_arguments(request: Any, done: Effective) -> None:
     if done.template_arguments:
         request.chat_template_kwargs = {**(request.chat_template_kwargs or {}), **done.template_arguments}
-
-
-def _with_text(wish: ReasoningRequest, lines: list[bool]) -> ReasoningRequest:
-    """The wish with a system line's switch in it; two different answers are an error."""
-    for is_on in lines:
-        if wish.is_on not in (None, is_on):
-            source = wish.sources["is_on"]
-            raise RequestError(
-                f"`{source}` asks for reasoning {_word(not is_on)}, a system line `detailed thinking` for "
-                f"{_word(is_on)}; allowed: one answer",
-                source,
-            )
-        source = "a system line `detailed thinking`"
-        wish = replace(wish, is_on=is_on, sources={"is_on": source, **wish.sources})
-    return wish
-
-
-def _word(is_on: bool) -> str:
-    return "on" if is_on else "off"

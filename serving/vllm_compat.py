@@ -465,6 +465,15 @@ def counts_thinking_tokens(engine_client: Any) -> bool:
     return config is not None and bool(config.enabled)
 
 
+def thinking_texts(engine_client: Any) -> tuple[str, str]:
+    """(start, end) of a thought as the engine's reasoning parser knows them; empty where it knows none."""
+    config = getattr(engine_client.vllm_config, "reasoning_config", None)
+    tokenizer = getattr(engine_client.renderer, "tokenizer", None)
+    if config is None or not config.enabled or tokenizer is None:
+        return "", ""
+    return tokenizer.decode(config.reasoning_start_token_ids), tokenizer.decode(config.natural_reasoning_end_token_ids)
+
+
 def responses_reasoning(effort: str) -> Any:
     """The `reasoning` object of a Responses request."""
     from openai.types.shared import Reasoning

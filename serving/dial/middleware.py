@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from vllm_puzzle.serving.dial.dialects import FIELDS, read_statements
+from vllm_puzzle.serving.dial.policy import MAX_BODY_BYTES
 from vllm_puzzle.serving.dial.request import ReasoningRequest, RequestError, combine
 
 Scope = MutableMapping[str, Any]
@@ -21,7 +22,6 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/messages")
-MAX_BODY_BYTES = 256 * 1024 * 1024
 # Objects that hold other things too: their reasoning keys stay, as nobody else reads them.
 SHARED = ("chat_template_kwargs", "nvext", "custom_params", "vllm_xargs", "extra_body")
 
@@ -31,8 +31,9 @@ WISH: ContextVar[ReasoningRequest | None] = ContextVar("reasoning_request", defa
 class DialMiddleware:
     """Wraps an ASGI app; other paths and methods pass untouched."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, max_body_bytes: int = MAX_BODY_BYTES) -> None:
         self.app = app
+        self.max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -40,7 +41,7 @@ class DialMiddleware:
             await self.app(scope, receive, send)
             return
         try:
-            raw = await _read_body(receive)
+            raw = await _read_body(receive, self.max_body_bytes)
             body = _parse(raw)
             if body is not None:
                 WISH.set(combine(read_statements(body)))
@@ -64,7 +65,7 @@ def without_fields(body: Mapping[str, Any], path: str) -> dict[str, Any]:
     return kept
 
 
-async def _read_body(receive: Receive) -> bytes:
+async def _read_body(receive: Receive, max_bytes: int) -> bytes:
     parts, size, more = [], 0, True
     while more:
         message = await receive()
@@ -72,8 +73,8 @@ async def _read_body(receive: Receive) -> bytes:
             break
         parts.append(message.get("body", b""))
         size += len(parts[-1])
-        if size > MAX_BODY_BYTES:
-            raise RequestError(f"body: found more than {MAX_BODY_BYTES} bytes, allowed: at most that", "body")
+        if size > max_bytes:
+            raise RequestError(f"body: found more than {max_bytes} bytes, allowed: at most that", "body")
         more = message.get("more_body", False)
     return b"".join(parts)
 
