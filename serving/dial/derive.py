@@ -52,7 +52,7 @@ def derive(template: str, start: str = "", end: str = "") -> ModelProfile:
     base = with_markers(next(each for each in known_profiles() if each.name == "generic-think"), start, end)
     probe = _Probe(Template(template))
     silent = probe.render()
-    if silent is None:
+    if not silent:
         return base
     names = tuple(name for name in SWITCH_ARGUMENTS if probe.changes(name, (True, False)))
     by_level = not names and _knows_none(probe)

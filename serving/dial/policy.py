@@ -125,7 +125,9 @@ def load_budgets(file: Path) -> dict[str, Any]:
 def _read_yaml(file: Path, where: str) -> dict[str, Any]:
     try:
         found = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ConfigError(f"{where}: found {error.strerror}, allowed: a YAML file") from None
+    except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{where}: found {' '.join(str(error).split())}, allowed: a YAML file") from None
     if found is None:
         return {}

@@ -28,10 +28,10 @@ def take_policy(argv: Sequence[str]) -> list[str]:
     if not flags:
         policy_from_environment()
         return rest
-    file = next((value for name, value in reversed(flags) if name == ""), None)
+    file = next((value for name, value in reversed(flags) if name is None), None)
     document = _base(file)
     for name, text in flags:
-        if name:
+        if name is not None:
             _put(document, name, text)
     read_policy(document, "flag " + FLAG if file is None else f"reasoning policy {file} with flags")
     try:
@@ -41,9 +41,11 @@ def take_policy(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """(other arguments, [(key, "" for the file; value)]). Both `FLAG VALUE` and `FLAG=VALUE` are read."""
-    rest, flags, at = [], [], 0
+def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str | None, str]]]:
+    """(other arguments, [(key, None for the file; value)]). Both `FLAG VALUE` and `FLAG=VALUE` are read."""
+    rest: list[str] = []
+    flags: list[tuple[str | None, str]] = []
+    at = 0
     while at < len(argv):
         head, equals, value = argv[at].partition("=")
         name = head.replace("_", "-")
@@ -56,7 +58,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
                 raise ConfigError(f"flag {head}: found nothing, allowed: a {'file' if name == FLAG else 'value'}")
             value, at = argv[at], at + 1
         # A model's name in a key keeps its spelling; the policy's own keys have underscores only.
-        flags.append((head[len(FLAG) + 1 :], value))
+        flags.append((None if name == FLAG else head[len(FLAG) + 1 :], value))
     return rest, flags
 
 

@@ -128,7 +128,9 @@ def load_profile(file: Path) -> ModelProfile:
     """Read and check one file. Raises ConfigError: file, key, found, allowed."""
     try:
         found = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ConfigError(f"profile {file}: found {error.strerror}, allowed: a YAML file") from None
+    except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"profile {file}: found {' '.join(str(error).split())}, allowed: a YAML file") from None
     return read_profile(found, f"profile {file}")
 
