@@ -83,8 +83,8 @@ class Turn:
                 "answer_tokens": sum(report.num_answer for report in reports),
             }
             info["choices"] = [self._counts(report) for report in reports]
-        if notes := getattr(done, "notes", ()):
-            info["notes"] = list(notes)
+        if done.notes:
+            info["notes"] = list(done.notes)
         return info
 
     def _counts(self, report: Report | None) -> dict[str, Any]:
