@@ -186,6 +186,15 @@ LEDGER = (
         remove_when="vLLM's own budget has these semantics, or a hook stands last in the sampler",
     ),
     LedgerEntry(
+        target="vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
+        why="the CPU build writes the drafts' temperatures into an integer copy and divides the logits by what was in "
+        "memory: with speculative decoding and one request that is not greedy, every request of the batch gets wrong "
+        "tokens",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/utils/cpu_triton_utils.py "
+        "(_expand_kernel_impl)",
+        remove_when="the CPU operator takes floating-point values",
+    ),
+    LedgerEntry(
         target="vllm.v1.worker.gpu_input_batch:maybe_create_thinking_budget_state_holder",
         why="the same function under the name the batch has imported before plugins are loaded",
         upstream="as above",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,15 @@ def encode(text: str) -> list[int]:
 
 
 def decode(ids: Sequence[int]) -> str:
-    """The text of token ids, with the names spelled out."""
-    return "".join(chr(token) if token < 256 else NAMES[token - 256] for token in ids)
+    """The text of token ids, with the names spelled out and a dot for those that nothing is named after."""
+    return "".join(chr(token) if token < 256 else NAMES[token - 256] if token < 264 else "·" for token in ids)
 
 
 def follow_ups(script: tuple[str, ...]) -> dict[int, int]:
     """Token → the one after it; a token with two successors is a mistake."""
     table: dict[int, int] = {ASSISTANT: THINK}
     for ids in map(encode, script):
-        for token, after in zip(ids, ids[1:], strict=False):
+        for token, after in pairwise(ids):
             assert table.setdefault(token, after) == after, f"{script}: {decode([token])!r} has two successors"
     return table
 

@@ -1,10 +1,11 @@
 """Run the scripted model offline, step by step: `thinking_run.py JOBS.json`.
 
 One process for many engines, as importing vLLM takes longer than they do; without our plugin when VLLM_PLUGINS names
-another. A job has LLM arguments, `reasoning` (vLLM's ReasoningConfig, as keywords), maybe `markers` for the workers, and
-`requests`: each a prompt (token ids), sampling parameters, and what happens to it: `arrives` (the step that it is added
-before), `close_after` or `abort_after` (its number of tokens). Output per job: a JSON file with each request's tokens,
-finish reason and log-probabilities, and the engine's counters.
+another. A job has LLM arguments, `reasoning` (vLLM's ReasoningConfig, as keywords) and `rounds`, served one after the
+other: maybe `markers` for the workers, and `requests`. Each is a prompt (token ids), sampling parameters, and what
+happens to it: `arrives` (the step that it is added before), `close_after` or `abort_after` (its number of tokens).
+Output per job: a JSON file with each round's results (tokens, finish reason, log-probabilities of each request) and the
+engine's counters.
 """
 
 from __future__ import annotations
@@ -27,16 +28,19 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         job["model"], load_format="dummy", dtype="float32", enforce_eager=True, disable_log_stats=False,
         kv_cache_memory_bytes=1 << 26, reasoning_config=ReasoningConfig(**job["reasoning"]), **job["llm"],
     )  # fmt: skip
-    if "markers" in job:
-        llm.collective_rpc("puzzle_set_markers", args=(job["markers"],))
-    results = step(llm, job["requests"])
+    rounds = []
+    for one in job["rounds"]:
+        if "markers" in one:
+            llm.collective_rpc("puzzle_set_markers", args=(one["markers"],))
+        rounds.append(step(llm, one["requests"]))
     counters = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    return {"results": results, "counters": counters}
+    return {"rounds": rounds, "counters": counters}
 
 
 def step(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Serve all requests; `results` in their order, a sequence per request (n of them where n > 1)."""
-    engine, results = llm.llm_engine, [{"events": []} for _ in requests]
+    """Serve all requests; results in their order, `n` sequences each."""
+    engine = llm.llm_engine
+    results: list[dict[str, Any]] = [{"events": []} for _ in requests]
     waiting = dict(enumerate(requests))
     for number in range(MAX_STEPS):
         for index in [index for index, request in waiting.items() if request.get("arrives", 0) <= number]:
@@ -47,7 +51,9 @@ def step(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
             return results
         for output in engine.step():
             index = int(output.request_id)
-            results[index]["sequences"] = [sequence(one) for one in sorted(output.outputs, key=lambda one: one.index)]
+            found = results[index].setdefault("sequences", [None] * requests[index]["params"].get("n", 1))
+            for one in output.outputs:
+                found[one.index] = sequence(one)
             act(llm, requests[index], results[index], str(index))
     raise AssertionError(f"not done after {MAX_STEPS} steps")
 
