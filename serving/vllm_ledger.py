@@ -221,6 +221,13 @@ LEDGER = (
         remove_when="vLLM reports both",
     ),
     LedgerEntry(
+        target="vllm.parser.abstract_parser:DelegatingParser",
+        why="base of serving/consistent_parser.py: a whole reply is parsed without a look at the prompt, a stream with "
+        "one, so that an answer after a thought closed by the prompt comes back as the thought",
+        upstream="https://github.com/vllm-project/vllm/issues/19222 (also 19017, 30139)",
+        remove_when="both ways of parsing start from the prompt's state, and a turn is judged without earlier ones",
+    ),
+    LedgerEntry(
         target="vllm.v1.engine.async_llm:AsyncLLM.generate",
         why="wrapped per server: the one place where sampling parameters of all three APIs are made and max_tokens is "
         "known; also for request ids (output_processor.external_req_ids)",

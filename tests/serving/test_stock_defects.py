@@ -5,8 +5,6 @@ The first half of each test tells when upstream has mended it; the number is tha
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import thinking_cases
 from scripted_model import decode
