@@ -22,7 +22,7 @@ from vllm_puzzle.serving.dial.resolve import Effective, ModelDial, resolve, sett
 from vllm_puzzle.serving.dial.responses_text import as_messages, write_back
 from vllm_puzzle.serving.dial.turn import TURN, Turn
 from vllm_puzzle.serving.reasoning_routes import make_router
-from vllm_puzzle.serving.thinking_engine import ThinkingServer, WatchedEngine
+from vllm_puzzle.serving.thinking_engine import ThinkingServer, WatchedEngine, limits_alone
 from vllm_puzzle.serving.thinking_markers import make_markers
 from vllm_puzzle.serving.thinking_metrics import ThinkingMetrics
 from vllm_puzzle.serving.thinking_plan import markers_to_wire
@@ -51,12 +51,12 @@ class ReasoningPlugin:
             await engine_client.collective_rpc("puzzle_set_markers", args=(markers_to_wire(markers),))
         state.puzzle_thinking = server
         state.puzzle_capabilities = lambda name: capabilities(dial.profile, dial.policy, name, dial.has_budget)
+        for handler in vllm_compat.handlers(state):  # of every path, known here or not: the ceiling holds on all
+            handler.engine_client = WatchedEngine(handler.engine_client, server)
         for name, method, apply in HANDLERS:
             handler = getattr(state, name, None)
             if handler is not None:
-                handler.engine_client = WatchedEngine(handler.engine_client, server)
-                if method:
-                    setattr(handler, method, _wrap(handler, getattr(handler, method), apply, dial))
+                setattr(handler, method, _wrap(handler, getattr(handler, method), apply, dial))
 
 
 def model_dial(engine_client: Any, args: Any) -> tuple[ThinkingMarkers | None, ModelDial]:
@@ -81,9 +81,15 @@ def make_plugin() -> ReasoningPlugin:
 
 def _wrap(handler: Any, original: Entry, apply: Apply, dial: ModelDial) -> Entry:
     async def entry(request: Any, *args: Any, **kwargs: Any) -> Any:
-        turn = TURN.get() or Turn("")
+        turn = TURN.get()
+        if turn is None:  # a path without the dial's middleware
+            turn = Turn("")
+            TURN.set(turn)
         try:
             turn.effective = apply(request, turn.wish, dial)
+            if getattr(request, "use_beam_search", False):
+                turn.is_followed = False
+                refuse_beams(turn.effective, turn.wish)
         except RequestError as error:
             return handler.create_error_response(str(error), param=error.param)
         return await original(request, *args, **kwargs)
@@ -91,8 +97,20 @@ def _wrap(handler: Any, original: Entry, apply: Apply, dial: ModelDial) -> Entry
     return entry
 
 
-def _as_it_is(request: Any, wish: ReasoningRequest, dial: ModelDial) -> Effective:
-    return Effective()
+def refuse_beams(done: Effective, wish: ReasoningRequest) -> None:
+    """Raise RequestError for a limit beside beam search, which starts a new engine request for each token."""
+    if done.budget is not None:
+        source = wish.sources.get("budget", "use_beam_search")
+        raise RequestError(
+            f"`{source}`: found a thinking limit beside `use_beam_search`, allowed: one of the two", source
+        )
+
+
+def apply_to_completion(request: Any, wish: ReasoningRequest, dial: ModelDial) -> Effective:
+    """A completion's prompt is the client's own: only vLLM's field for the budget, and the operator's ceiling."""
+    done = limits_alone(request.thinking_token_budget, dial.policy)
+    request.thinking_token_budget = None
+    return done
 
 
 def apply_to_chat(request: Any, wish: ReasoningRequest, dial: ModelDial) -> Effective:
@@ -133,5 +151,5 @@ HANDLERS: tuple[tuple[str, str, Apply], ...] = (
     ("openai_serving_chat", "create_chat_completion", apply_to_chat),
     ("anthropic_serving_messages", "create_chat_completion", apply_to_chat),
     ("openai_serving_responses", "create_responses", apply_to_responses),
-    ("openai_serving_completion", "", _as_it_is),
+    ("openai_serving_completion", "create_completion", apply_to_completion),
 )

@@ -36,7 +36,7 @@ class ThinkingServer:
     def begin(self, params: Any, request_id: str, turn: Turn) -> RequestWatch | None:
         """Write the plan into the sampling parameters, in place, and start to watch. None without markers."""
         params.extra_args = {key: value for key, value in (params.extra_args or {}).items() if key != PLAN_KEY} or None
-        if self.markers is None:
+        if self.markers is None or not turn.is_followed:
             return None
         limits = self._limits(params, turn)
         if not limits.is_free:
@@ -55,11 +55,8 @@ class ThinkingServer:
 
     def _limits(self, params: Any, turn: Turn) -> ThinkingLimits:
         assert self.markers is not None
-        done = turn.effective
-        if done is None:  # a path without the dial has vLLM's own field, and the operator's ceiling all the same
-            budgets = [b for b in (params.thinking_token_budget, self.policy.ceiling) if b is not None and b >= 0]
-            done = Effective(budget=min(budgets, default=None), answer_reserve=0, loop=self.policy.loop)
-        elif params.max_tokens is not None:
+        done = turn.effective or limits_alone(params.thinking_token_budget, self.policy)
+        if params.max_tokens is not None:
             done = within(done, params.max_tokens, len(self.markers.closing))
         turn.effective = done
         return ThinkingLimits(done.budget, done.grace, _loop_rule(params, done.loop))
@@ -75,6 +72,12 @@ class ThinkingServer:
                     return True
             await asyncio.sleep(RETRY_S)  # it waits for its turn: ask again
         return False
+
+
+def limits_alone(budget: int | None, policy: ReasoningPolicy) -> Effective:
+    """What is done without a dial: vLLM's own budget field (-1 or None: no limit), under what the operator says."""
+    budgets = [limit for limit in (budget, policy.ceiling) if limit is not None and limit >= 0]
+    return Effective(budget=min(budgets, default=None), loop=policy.loop, answer_reserve=0)
 
 
 def _loop_rule(params: Any, rule: LoopRule | None) -> LoopRule | None:

@@ -360,3 +360,9 @@ def observe_outputs(observe: Any) -> None:
 def internal_request_ids(engine_client: Any, request_id: str) -> list[str]:
     """The engine's ids of the running sequences of one request."""
     return list(engine_client.output_processor.external_req_ids.get(request_id, ()))
+
+
+def handlers(state: Any) -> list[Any]:
+    """Every handler of a server's paths that holds an engine client, each once."""
+    found = {id(value): value for value in vars(state)["_state"].values() if hasattr(value, "engine_client")}
+    return list(found.values())
