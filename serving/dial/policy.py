@@ -20,11 +20,11 @@ from vllm_puzzle.model_configs.json_values import refuse
 from vllm_puzzle.model_configs.schema import ConfigError
 from vllm_puzzle.serving.dial.dialects import EFFORT_WORDS, MAX_BUDGET
 from vllm_puzzle.serving.dial.request import EFFORTS, UNLIMITED
+from vllm_puzzle.serving.thinking_plan import MAX_PATTERN
 
 VARIABLE = "VLLM_PUZZLE_REASONING"
 NAMES = ("reasoning", "reasoning_content")
 LOOP_KEYS = {"min_pattern_size": 1, "max_pattern_size": 1, "min_count": 2}
-MAX_PATTERN = 4096
 MAX_BODY_BYTES = 256 * 1024 * 1024
 EVERY_MODEL = "*"
 Budgets = Mapping[str, int]

@@ -8,7 +8,7 @@ import pytest
 from dial_models import FAMILIES, dial, wish
 from vllm_puzzle.serving.dial.policy import ReasoningPolicy
 from vllm_puzzle.serving.dial.template import Template
-from vllm_puzzle.serving.reasoning_endpoint import apply_to_chat, apply_to_messages, apply_to_responses
+from vllm_puzzle.serving.reasoning_endpoint import apply_to_chat, apply_to_responses
 
 USER = {"role": "user", "content": "3+4"}
 
@@ -54,9 +54,9 @@ def test_a_level_reaches_the_template_and_the_field_that_gpt_oss_is_rendered_fro
     assert (request.reasoning_effort, done.effort) == ("high", "high")
     assert arguments_of(request)["reasoning_effort"] == "high"
     request = chat_request(USER, chat_template_kwargs={"other": 1})
-    apply_to_chat(request, wish(is_on=True, effort="low", budget=9), dial("3 Super"))
+    done = apply_to_chat(request, wish(is_on=True, effort="low", budget=9), dial("3 Super"))
     assert request.chat_template_kwargs == {"other": 1, "enable_thinking": True, "low_effort": True}
-    assert request.thinking_token_budget == 9
+    assert done.budget == 9
 
 
 def test_a_silent_request_stays_as_it_is() -> None:
@@ -70,9 +70,9 @@ def test_a_silent_request_stays_as_it_is() -> None:
 
 def test_anthropics_enabled_switches_on_what_thinks_on_demand_only() -> None:
     request = chat_request(USER)
-    apply_to_messages(request, wish(is_on=True, budget=2000, is_visible=False), dial("on demand"))
+    done = apply_to_chat(request, wish(is_on=True, budget=2000), dial("on demand"))
     assert request.chat_template_kwargs == {"enable_thinking": True, "thinking": True}
-    assert (request.thinking_token_budget, request.include_reasoning) == (2000, False)
+    assert done.budget == 2000
 
 
 def test_a_responses_request_gets_text_level_and_budget() -> None:
@@ -86,9 +86,8 @@ def test_a_responses_request_gets_text_level_and_budget() -> None:
     assert (request.input, request.instructions) == ([USER], "detailed thinking off")
     request = responses_request(input="3+4")
     served = dial("gpt-oss", ReasoningPolicy(budgets={"*": {"low": 70}}))
-    apply_to_responses(request, wish(is_on=True, effort="minimal"), served)
-    assert request.reasoning.effort == "low"
-    assert request.to_sampling_params(100, {}).thinking_token_budget == 70
+    done = apply_to_responses(request, wish(is_on=True, effort="minimal"), served)
+    assert (request.reasoning.effort, done.budget) == ("low", 70)
 
 
 def test_a_turn_that_goes_on_from_an_unseen_one_says_its_state() -> None:
