@@ -14,6 +14,7 @@ from typing import Any
 from vllm_puzzle.kernels.thinking import ThinkingMarkers
 from vllm_puzzle.serving import vllm_compat
 from vllm_puzzle.serving.dial.capabilities import capabilities
+from vllm_puzzle.serving.dial.derive import preset
 from vllm_puzzle.serving.dial.middleware import DialMiddleware
 from vllm_puzzle.serving.dial.policy import policy_from_environment
 from vllm_puzzle.serving.dial.profile import profile_of
@@ -68,6 +69,7 @@ def model_dial(engine_client: Any, args: Any) -> tuple[ThinkingMarkers | None, M
     names = [*(getattr(args, "served_model_name", None) or []), model_config.model]
     start, end = vllm_compat.thinking_texts(engine_client)
     profile = profile_of(vllm_compat.model_type(model_config), " ".join(names), template, start, end)
+    profile = preset(profile, getattr(args, "default_chat_template_kwargs", None) or {})
     policy = policy_from_environment()
     reasoning_config = getattr(engine_client.vllm_config, "reasoning_config", None)
     markers = make_markers(tokenizer, profile, policy.phrase, reasoning_config)

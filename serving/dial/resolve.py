@@ -36,11 +36,6 @@ class ModelDial:
     has_budget: bool = True
     name: str = ""
 
-    @property
-    def phrase(self) -> str:
-        """What is said before a forced end; empty for nothing."""
-        return self.profile.phrase if self.policy.phrase is None else self.policy.phrase
-
     def __post_init__(self) -> None:
         policy, where = self.policy, "reasoning policy"
         if not self.has_budget:
@@ -100,6 +95,8 @@ def resolve(wish: ReasoningRequest, model: ModelDial, in_text: Iterable[bool] = 
     is_on, asked = _state(wish, model, list(in_text), notes)
     level = _level(asked, wish, model, notes)
     budget = _budget(asked, wish, model, notes)
+    # A ceiling alone is no reason to write a number into every prompt.
+    is_asked = wish.budget not in (None, UNLIMITED) or effort_budget(asked, policy, model.name)[1] is not None
     if budget == 0:
         is_on = False
         if wish.is_on:
@@ -124,7 +121,7 @@ def resolve(wish: ReasoningRequest, model: ModelDial, in_text: Iterable[bool] = 
         effort="none" if is_on is False and profile.switch == LEVEL else level,
         budget=budget,
         is_visible=wish.is_visible is not False and not is_short,
-        template_arguments=_template_arguments(is_on, level, budget, wish, profile),
+        template_arguments=_template_arguments(is_on, level, budget if is_asked else None, wish, profile),
         grace=policy.grace.tokens(budget),
         loop=policy.loop,
         requested=_requested(wish),
@@ -173,9 +170,7 @@ def _state(
         notes.append(f"{WORDS[profile.text or '']}: switches in the text are not used by this server")
     elif text is not None and is_on is not None and text != is_on:
         notes.append(f"{WORDS[profile.text or '']}: `{wish.sources.get('is_on', 'a field')}` says otherwise, and wins")
-    is_silent = is_on is None
-    if is_silent:
-        is_on = text
+    is_on = text if is_on is None else is_on
     if default not in (None, "on", "off") and is_on is not False and effort is None and wish.budget is None:
         return True, default
     if is_on is None and default is not None:

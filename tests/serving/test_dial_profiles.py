@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm_puzzle.model_configs.schema import ConfigError
 from vllm_puzzle.serving.dial.capabilities import capabilities
-from vllm_puzzle.serving.dial.derive import derive
+from vllm_puzzle.serving.dial.derive import derive, preset
 from vllm_puzzle.serving.dial.policy import ReasoningPolicy, read_policy
 from vllm_puzzle.serving.dial.profile import FOLDER, ModelProfile, known_profiles, load_profile, profile_of
 from vllm_puzzle.serving.dial.resolve import resolve
@@ -105,6 +106,16 @@ def test_levels_are_what_the_template_tells_apart() -> None:
     assert derive("{% if reasoning_effort %}{% endif %}" + dial_models.SWITCHED).levels == {}
     only_on = "{% if enable_thinking %}{{ reasoning_effort }}{% endif %}" + dial_models.SWITCHED
     assert list(derive(only_on).levels) == every
+
+
+def test_a_servers_own_template_variables_are_the_default() -> None:
+    qwen, demand = (profile_of(*FAMILIES[family]) for family in ("Qwen", "on demand"))
+    assert preset(qwen, {"enable_thinking": False}).default == "off"
+    assert preset(demand, {"thinking": True}).default == "on"
+    for nothing in ({}, {"other": 1}, {"enable_thinking": None}):
+        assert preset(qwen, nothing) is qwen
+    silent = resolve(wish(), replace(dial("Qwen"), profile=preset(qwen, {"enable_thinking": False})))
+    assert silent.template_arguments == {"enable_thinking": False}, "vLLM's parser must know what the prompt says"
 
 
 def test_the_servers_own_markers_are_looked_for() -> None:
