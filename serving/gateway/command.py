@@ -78,6 +78,8 @@ def gateway(argv: Sequence[str]) -> int:
 def _listen(host: str, port: int) -> socket.socket:
     """A listening socket, or one line about why not."""
     try:
+        if not 0 <= port <= 65535:  # the resolver would take it modulo 65536
+            raise OverflowError("no such port")
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

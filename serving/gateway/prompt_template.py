@@ -19,10 +19,10 @@ class PromptTemplate:
     """`--tokenizer DIR`. Raises ConfigError for a folder without a tokenizer or a chat template."""
 
     def __init__(self, folder: str) -> None:
-        from transformers import AutoTokenizer
-
         if not Path(folder).is_dir():
             raise ConfigError(f"`--tokenizer`: found {folder!r}, allowed: a folder with tokenizer files")
+        from transformers import AutoTokenizer  # seconds of imports
+
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:

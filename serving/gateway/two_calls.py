@@ -148,8 +148,9 @@ class TwoCalls:
         if count or (count == 0 and not tally.thought):
             tally.thinking_tokens = count
         elif is_full and tally.thought and not tally.answer:
-            # All of it was the thought (and its opening marker, where the model writes that).
-            tally.thinking_tokens = used if isinstance(used, int) else cap
+            # All of it was the thought, and its markers where the model wrote them, which only a tokenizer can tell.
+            whole = used if isinstance(used, int) else cap
+            tally.thinking_tokens = min(whole, tally.count("".join(tally.thought))) if tally.count else whole
         return used if isinstance(used, int) else cap
 
     async def _second(

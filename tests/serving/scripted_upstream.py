@@ -214,9 +214,10 @@ async def refuse(send: Any, message: str) -> None:
 
 
 @contextmanager
-def serving(app: Any, lifespan: str = "off") -> Iterator[str]:
+def serving(app: Any, lifespan: str = "off", port: int = 0) -> Iterator[str]:
     """An ASGI app on a loopback port, in a thread of its own; the URL."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan=lifespan))
+    config = uvicorn.Config(app, port=port, log_level="critical", lifespan=lifespan, timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 20
@@ -226,6 +227,6 @@ def serving(app: Any, lifespan: str = "off") -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
-        server.should_exit = server.force_exit = True
+        server.should_exit = True
         thread.join(10)
         assert not thread.is_alive()
