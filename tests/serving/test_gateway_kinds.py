@@ -1,4 +1,4 @@
-"""Every dialect in front of every kind of server: it gets its own words, and no others; the reply says what was done."""
+"""Every dialect in front of every kind of server: it gets its own words and no others; the reply says what was done."""
 
 from __future__ import annotations
 

@@ -92,10 +92,12 @@ def test_a_budget_is_held_and_the_reply_is_the_servers_own(client: tuple[str, op
             info["thinking_tokens"] == reply.usage.completion_tokens_details.reasoning_tokens == min(budget, len(free))
         )
         assert info["guarantees"]["budget"] == ("exact by server" if way == "server" else "exact, two calls")
-        assert info["calls"] == (1 if way == "server" else 2)
+        # A whole reply, with the tokens that end the thought and the text, may fit into the first call.
+        is_one = way == "server" or budget >= len(free) + 1 + len(message.content) + 1
+        assert info["calls"] == (1 if is_one else 2)
         if budget <= len(free):
             assert info["end_reason"] == "budget"
-        if way != "server":
+        if not is_one:
             assert info["second_prefill"]["prompt_tokens"] > reply.usage.prompt_tokens + len(message.reasoning)
 
 
@@ -112,11 +114,7 @@ def test_a_stream_is_the_same_text_and_info(client: tuple[str, openai.OpenAI], d
                 thought += getattr(choice.delta, "reasoning_content", None) or ""
                 answer += choice.delta.content or ""
         assert (thought, answer) == direct(budget)
-        assert (
-            last.reasoning_info == {**whole.reasoning_info, "second_prefill": last.reasoning_info["second_prefill"]}
-            if ("second_prefill" in whole.reasoning_info)
-            else last.reasoning_info == whole.reasoning_info
-        )
+        assert last.reasoning_info == whole.reasoning_info
 
 
 def test_off_and_a_level_reach_the_model(client: tuple[str, openai.OpenAI], direct: Any) -> None:

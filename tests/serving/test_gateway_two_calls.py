@@ -115,7 +115,7 @@ def test_a_stream_is_the_same_reply(pair: tuple[Scripted, str], budget: int) -> 
 
 @pytest.mark.parametrize("limit", ["max_tokens", "max_completion_tokens"])
 def test_the_clients_limit_is_for_thought_and_answer_together(pair: tuple[Scripted, str], limit: str) -> None:
-    upstream, url = pair
+    _, url = pair
     reply = ask(url, thinking_budget=9, **{limit: 20})
     message = reply["choices"][0]["message"]
     assert (message["reasoning"], message["content"]) == (THOUGHT[:9], answer_to(THOUGHT[:9])[:11])
