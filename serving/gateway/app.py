@@ -74,7 +74,8 @@ class Gateway:
         if exchange.path == "/health":
             await self._health(exchange)
             return
-        if not PASSED.match(exchange.path):
+        is_plain = not {".", ".."} & set(exchange.path.split("/"))  # they would lead out of /v1
+        if not PASSED.match(exchange.path) or not is_plain:
             raise GatewayError(404, f"path: found {exchange.path!r}, allowed: /health and paths under /v1")
         self._admit(exchange)
         is_post = exchange.method == "POST"
@@ -91,7 +92,7 @@ class Gateway:
 
     async def _pass(self, exchange: Exchange, content: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         """The upstream's own answer, as it comes."""
-        async with self._upstream.open(exchange.method, exchange.path, headers, content, exchange.query) as response:
+        async with self._upstream.open(exchange.method, exchange.target, headers, content, exchange.query) as response:
             await exchange.start(response.status_code, kept_headers(response.headers.raw))
             async for part in response.aiter_raw():
                 await exchange.write(part)

@@ -7,6 +7,7 @@ import contextlib
 import json
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
 from typing import Any
+from urllib.parse import quote
 
 from vllm_puzzle.serving.gateway.errors import GatewayError, UpstreamRefusal, error_body
 
@@ -30,7 +31,10 @@ class Exchange:
     """A request and the means to answer it."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, max_body: int = MAX_BODY_BYTES) -> None:
-        self.path: str = scope["path"]
+        # One spelling, so that a slash at the end is no way around the dial.
+        self.path: str = scope["path"].rstrip("/")
+        # As the client wrote it: an escaped slash stays one.
+        self.target: str = (scope.get("raw_path") or quote(scope["path"]).encode()).decode("ascii", "replace")
         self.method: str = scope["method"]
         self.query: bytes = scope.get("query_string", b"")
         self.headers: Headers = list(scope["headers"])

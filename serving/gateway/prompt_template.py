@@ -21,13 +21,18 @@ class PromptTemplate:
     def __init__(self, folder: str) -> None:
         if not Path(folder).is_dir():
             raise ConfigError(f"`--tokenizer`: found {folder!r}, allowed: a folder with tokenizer files")
-        from transformers import AutoTokenizer  # seconds of imports
+        from transformers import AutoTokenizer, logging  # seconds of imports
 
+        # What transformers says about the configuration's class matters to no tokenizer.
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             what = " ".join(str(error).split())[:200]
             raise ConfigError(f"`--tokenizer`: found no tokenizer in {folder!r} ({what})") from error
+        finally:
+            logging.set_verbosity(verbosity)
         text = self._tokenizer.chat_template
         if not isinstance(text, str):
             raise ConfigError(f"`--tokenizer`: found {folder!r} without a chat template, allowed: with one")

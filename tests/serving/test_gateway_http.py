@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import statistics
 import subprocess
 import time
@@ -66,6 +67,36 @@ def test_everything_else_under_v1_passes_as_it_is() -> None:
         outside = CLIENT.get(f"{url}/metrics")
         assert (outside.status_code, outside.json()["error"]["type"]) == (404, "not_found_error")
         assert CLIENT.get(f"{url}/v1evil").status_code == 404
+
+
+def test_a_path_keeps_its_escapes_and_leads_nowhere_else() -> None:
+    seen: list[bytes] = []
+
+    async def echo(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["raw_path"])
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    with gateway(echo, kind="vllm") as url:
+        host, port = url.removeprefix("http://").split(":")
+        for path, is_passed in (
+            ("/v1/models/a%2Fb%3Fc", True),
+            ("/v1/../metrics", False),
+            ("/v1/%2e%2e/metrics", False),
+            ("/v1/models/../../metrics", False),
+        ):
+            # A raw socket: clients tidy paths up.
+            with socket.create_connection((host, int(port)), timeout=5) as raw:
+                raw.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+                status = raw.recv(1000).split()[1]
+            assert status == (b"204" if is_passed else b"404"), path
+    assert seen == [b"/v1/models/a%2Fb%3Fc"]
+
+
+def test_a_slash_at_the_end_is_no_way_around_the_dial() -> None:
+    with gateway(Scripted("vllm")) as url:
+        reply = CLIENT.post(f"{url}/v1/chat/completions/", json={**CHAT, "thinking_tokens": 8})
+    assert reply.status_code == 400
 
 
 def test_the_clients_key_is_asked_for_and_passed_on() -> None:
