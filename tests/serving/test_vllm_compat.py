@@ -6,11 +6,11 @@ import logging
 
 import families
 import pytest
-from vllm_puzzle.serving import plugin, vllm_compat
+from vllm_puzzle.serving import plugin, vllm_compat, vllm_ledger
 
 
-@pytest.mark.parametrize("entry", vllm_compat.LEDGER, ids=lambda entry: entry.target)
-def test_a_ledger_entry_resolves_and_says_why_and_until_when(entry: vllm_compat.LedgerEntry) -> None:
+@pytest.mark.parametrize("entry", vllm_ledger.LEDGER, ids=lambda entry: entry.target)
+def test_a_ledger_entry_resolves_and_says_why_and_until_when(entry: vllm_ledger.LedgerEntry) -> None:
     assert vllm_compat.resolve(entry.target) is not None
     assert all(len(text) > 5 for text in (entry.why, entry.upstream, entry.remove_when))
 

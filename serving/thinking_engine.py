@@ -1,0 +1,111 @@
+"""The engine client as the API handlers see it: each request gets its thinking plan, and is watched while it runs.
+
+Every API ends in `generate`, where max_tokens is known and sampling parameters exist; nothing else of the client is
+changed. Without markers (a server without a reasoning parser) requests pass as they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_puzzle.kernels.thinking import LoopRule, ThinkingLimits, ThinkingMarkers
+from vllm_puzzle.serving import vllm_compat
+from vllm_puzzle.serving.dial.resolve import Effective
+from vllm_puzzle.serving.dial.turn import TURN, Turn
+from vllm_puzzle.serving.thinking_plan import MAX_PATTERN, PLAN_KEY
+from vllm_puzzle.serving.thinking_watch import RequestWatch, SequenceWatch, Watches
+
+RETRY_S = 0.02
+
+
+@dataclass
+class ThinkingServer:
+    """What this API process knows for all requests. `ceiling`: most thinking tokens of any request."""
+
+    engine_client: Any
+    markers: ThinkingMarkers | None
+    ceiling: int | None = None
+    on_finish: Callable[[SequenceWatch], None] | None = None
+    watches: Watches = field(default_factory=Watches)
+
+    def begin(self, params: Any, request_id: str, turn: Turn) -> RequestWatch | None:
+        """Write the plan into the sampling parameters, in place, and start to watch. None without markers."""
+        params.extra_args = {key: value for key, value in (params.extra_args or {}).items() if key != PLAN_KEY} or None
+        if self.markers is None:
+            return None
+        limits = self._limits(params, turn)
+        if not limits.is_free:
+            loop = limits.loop and [limits.loop.min_pattern, limits.loop.max_pattern, limits.loop.count]
+            plan = {"budget": limits.budget, "grace": limits.grace, "loop": loop}
+            params.extra_args = {**(params.extra_args or {}), PLAN_KEY: plan}
+        params.thinking_token_budget = None  # the plan says it, and vLLM has no budget where its parser has no markers
+        is_off = turn.effective is not None and turn.effective.is_on is False
+        watch = RequestWatch(
+            self.markers, limits, is_off, turn.authorization, turn.wants_continuous_usage, self.on_finish
+        )
+        self.watches.running[request_id] = watch
+        turn.sources.append(watch.sequences)
+        turn.is_counted = True
+        return watch
+
+    def _limits(self, params: Any, turn: Turn) -> ThinkingLimits:
+        done = turn.effective
+        if done is None:  # a path without the dial: only vLLM's own field
+            budget = params.thinking_token_budget
+            done = Effective(budget=None if budget is None or budget < 0 else budget)
+        turn.effective = done
+        budgets = [budget for budget in (done.budget, self.ceiling) if budget is not None]
+        return ThinkingLimits(min(budgets, default=None), 0, _loop_rule(params))
+
+    async def end_thinking(self, request_id: str) -> bool:
+        """End the open thoughts of a running request; False when it has ended before the engine could be told."""
+        while request_id in self.watches.running:
+            internal = vllm_compat.internal_request_ids(self.engine_client, request_id)
+            if internal:
+                answers = await self.engine_client.collective_rpc("puzzle_end_thinking", args=(internal,))
+                if any(answers):
+                    self.watches.running[request_id].end_by_user()
+                    return True
+            await asyncio.sleep(RETRY_S)  # it waits for its turn: ask again
+        return False
+
+
+def _loop_rule(params: Any) -> LoopRule | None:
+    """vLLM's `repetition_detection`, for thoughts: a loop ends the thought here, and one repetition later the request,
+    which by then no longer repeats itself."""
+    asked = params.repetition_detection
+    if asked is None or not asked.max_pattern_size:
+        return None
+    rule = LoopRule(max(1, asked.min_pattern_size), min(asked.max_pattern_size, MAX_PATTERN), asked.min_count)
+    asked.min_count += 1
+    return rule
+
+
+class WatchedEngine:
+    """vLLM's engine client with another `generate`; every other attribute is the client's own."""
+
+    def __init__(self, engine_client: Any, server: ThinkingServer) -> None:
+        self._puzzle_client = engine_client
+        self._puzzle_server = server
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._puzzle_client, name)
+
+    def generate(self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
+        """The client's own stream of outputs."""
+        turn = TURN.get() or Turn("")
+        watch = self._puzzle_server.begin(sampling_params, request_id, turn)
+        outputs = self._puzzle_client.generate(prompt, sampling_params, request_id, *args, **kwargs)
+        return outputs if watch is None else self._watched(outputs, request_id)
+
+    async def _watched(self, outputs: Any, request_id: str) -> AsyncIterator[Any]:
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    yield output
+        finally:
+            self._puzzle_server.watches.running.pop(request_id, None)

