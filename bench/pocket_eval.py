@@ -12,7 +12,7 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import httpx
 from vllm_puzzle.bench.pocket_tasks import Item, heldout, is_correct
 
 SEED = 2026
+MAX_TOKENS = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,27 +28,29 @@ class Reply:
     """One graded reply; token counts are the server's own."""
 
     item: Item
-    thinking: bool
     correct: bool
     completion_tokens: int
     reasoning_tokens: int
 
 
-async def ask_all(base_url: str, model: str, items: Sequence[Item], concurrency: int) -> list[Reply]:
-    """Every item with thinking on and off, at most `concurrency` at a time."""
+async def ask_all(
+    base_url: str, model: str, items: Sequence[Item], fields: Mapping[str, Any], concurrency: int
+) -> list[Reply]:
+    """Every item greedily, at most `concurrency` at a time. `fields` go into each request's body."""
     gate = asyncio.Semaphore(concurrency)
     async with httpx.AsyncClient(base_url=base_url.rstrip("/") + "/", timeout=300) as client:
-        jobs = [_ask(client, gate, model, item, thinking) for thinking in (True, False) for item in items]
-        return list(await asyncio.gather(*jobs))
+        return list(await asyncio.gather(*(_ask(client, gate, model, item, fields) for item in items)))
 
 
-async def _ask(client: httpx.AsyncClient, gate: asyncio.Semaphore, model: str, item: Item, thinking: bool) -> Reply:
+async def _ask(
+    client: httpx.AsyncClient, gate: asyncio.Semaphore, model: str, item: Item, fields: Mapping[str, Any]
+) -> Reply:
     body = {
         "model": model,
         "messages": [{"role": "user", "content": item.question}],
         "temperature": 0,
-        "max_tokens": 300,
-        "chat_template_kwargs": {"enable_thinking": thinking},
+        "max_tokens": MAX_TOKENS,
+        **fields,
     }
     async with gate:
         response = await client.post("chat/completions", json=body)
@@ -56,25 +59,17 @@ async def _ask(client: httpx.AsyncClient, gate: asyncio.Semaphore, model: str, i
     usage = data["usage"]
     content = data["choices"][0]["message"]["content"]
     reasoning_tokens = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens", 0)
-    return Reply(item, thinking, is_correct(item, content), usage["completion_tokens"], reasoning_tokens)
+    return Reply(item, is_correct(item, content), usage["completion_tokens"], reasoning_tokens)
 
 
 def summarise(replies: Sequence[Reply]) -> dict[str, Any]:
-    """Accuracy and mean tokens per mode, over all items and per task."""
+    """Accuracy and mean tokens, over all items and per task."""
     tasks = sorted({reply.item.task for reply in replies})
     return {
-        "num_items": len(replies) // 2,
-        **{mode: _mode(replies, tasks, thinking) for mode, thinking in (("on", True), ("off", False))},
-    }
-
-
-def _mode(replies: Sequence[Reply], tasks: Sequence[str], thinking: bool) -> dict[str, Any]:
-    chosen = [reply for reply in replies if reply.thinking is thinking]
-    return {
-        "accuracy": _accuracy(chosen),
-        "mean_completion_tokens": sum(reply.completion_tokens for reply in chosen) / len(chosen),
-        "mean_reasoning_tokens": sum(reply.reasoning_tokens for reply in chosen) / len(chosen),
-        "tasks": {task: _accuracy([reply for reply in chosen if reply.item.task == task]) for task in tasks},
+        "accuracy": _accuracy(replies),
+        "mean_completion_tokens": sum(reply.completion_tokens for reply in replies) / len(replies),
+        "mean_reasoning_tokens": sum(reply.reasoning_tokens for reply in replies) / len(replies),
+        "tasks": {task: _accuracy([reply for reply in replies if reply.item.task == task]) for task in tasks},
     }
 
 
@@ -95,10 +90,19 @@ def format_summary(summary: dict[str, Any]) -> str:
 
 def evaluate(base_url: str, model: str | None = None, per_cell: int = 13, concurrency: int = 32) -> dict[str, Any]:
     """Ask a server all held-out items of SEED; `model` None asks the server for its name."""
-    if model is None:
-        model = httpx.get(base_url.rstrip("/") + "/models").raise_for_status().json()["data"][0]["id"]
-    replies = asyncio.run(ask_all(base_url, model, heldout(SEED, per_cell), concurrency))
-    return {"model": model, **summarise(replies)}
+    model = model or first_model(base_url)
+    items = heldout(SEED, per_cell)
+    modes = {}
+    for mode, thinking in (("on", True), ("off", False)):
+        fields = {"chat_template_kwargs": {"enable_thinking": thinking}}
+        modes[mode] = summarise(asyncio.run(ask_all(base_url, model, items, fields, concurrency)))
+    return {"model": model, "num_items": len(items), **modes}
+
+
+def first_model(base_url: str) -> str:
+    """The name of the server's first model."""
+    name: str = httpx.get(base_url.rstrip("/") + "/models").raise_for_status().json()["data"][0]["id"]
+    return name
 
 
 def main() -> None:

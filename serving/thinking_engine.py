@@ -14,7 +14,8 @@ from typing import Any
 
 from vllm_puzzle.kernels.thinking import LoopRule, ThinkingLimits, ThinkingMarkers
 from vllm_puzzle.serving import vllm_compat
-from vllm_puzzle.serving.dial.resolve import Effective
+from vllm_puzzle.serving.dial.policy import ReasoningPolicy
+from vllm_puzzle.serving.dial.resolve import Effective, within
 from vllm_puzzle.serving.dial.turn import TURN, Turn
 from vllm_puzzle.serving.thinking_plan import MAX_PATTERN, PLAN_KEY
 from vllm_puzzle.serving.thinking_watch import RequestWatch, SequenceWatch, Watches
@@ -24,18 +25,18 @@ RETRY_S = 0.02
 
 @dataclass
 class ThinkingServer:
-    """What this API process knows for all requests. `ceiling`: most thinking tokens of any request."""
+    """What this API process knows for all requests."""
 
     engine_client: Any
     markers: ThinkingMarkers | None
-    ceiling: int | None = None
+    policy: ReasoningPolicy = field(default_factory=ReasoningPolicy)
     on_finish: Callable[[SequenceWatch], None] | None = None
     watches: Watches = field(default_factory=Watches)
 
     def begin(self, params: Any, request_id: str, turn: Turn) -> RequestWatch | None:
         """Write the plan into the sampling parameters, in place, and start to watch. None without markers."""
         params.extra_args = {key: value for key, value in (params.extra_args or {}).items() if key != PLAN_KEY} or None
-        if self.markers is None:
+        if self.markers is None or not turn.is_followed:
             return None
         limits = self._limits(params, turn)
         if not limits.is_free:
@@ -53,13 +54,12 @@ class ThinkingServer:
         return watch
 
     def _limits(self, params: Any, turn: Turn) -> ThinkingLimits:
-        done = turn.effective
-        if done is None:  # a path without the dial: only vLLM's own field
-            budget = params.thinking_token_budget
-            done = Effective(budget=None if budget is None or budget < 0 else budget)
+        assert self.markers is not None
+        done = turn.effective or limits_alone(params.thinking_token_budget, self.policy)
+        if params.max_tokens is not None:
+            done = within(done, params.max_tokens, len(self.markers.closing))
         turn.effective = done
-        budgets = [budget for budget in (done.budget, self.ceiling) if budget is not None]
-        return ThinkingLimits(min(budgets, default=None), 0, _loop_rule(params))
+        return ThinkingLimits(done.budget, done.grace, _loop_rule(params, done.loop))
 
     async def end_thinking(self, request_id: str) -> bool:
         """End the open thoughts of a running request; False when it has ended before the engine could be told."""
@@ -74,15 +74,23 @@ class ThinkingServer:
         return False
 
 
-def _loop_rule(params: Any) -> LoopRule | None:
-    """vLLM's `repetition_detection`, for thoughts: a loop ends the thought here, and one repetition later the request,
-    which by then no longer repeats itself."""
+def limits_alone(budget: int | None, policy: ReasoningPolicy) -> Effective:
+    """What is done without a dial: vLLM's own budget field (-1 or None: no limit), under what the operator says."""
+    budgets = [limit for limit in (budget, policy.ceiling) if limit is not None and limit >= 0]
+    return Effective(budget=min(budgets, default=None), loop=policy.loop, answer_reserve=0)
+
+
+def _loop_rule(params: Any, rule: LoopRule | None) -> LoopRule | None:
+    """vLLM's `repetition_detection` for thoughts, else the operator's rule.
+
+    A loop ends the thought here, and one repetition later the request, which by then no longer repeats itself.
+    """
     asked = params.repetition_detection
     if asked is None or not asked.max_pattern_size:
-        return None
-    rule = LoopRule(max(1, asked.min_pattern_size), min(asked.max_pattern_size, MAX_PATTERN), asked.min_count)
+        return rule
+    own = LoopRule(max(1, asked.min_pattern_size), min(asked.max_pattern_size, MAX_PATTERN), asked.min_count)
     asked.min_count += 1
-    return rule
+    return own
 
 
 class WatchedEngine:
@@ -98,6 +106,7 @@ class WatchedEngine:
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
         """The client's own stream of outputs."""
         turn = TURN.get() or Turn("")
+        turn.names = self._puzzle_server.policy.names
         watch = self._puzzle_server.begin(sampling_params, request_id, turn)
         outputs = self._puzzle_client.generate(prompt, sampling_params, request_id, *args, **kwargs)
         return outputs if watch is None else self._watched(outputs, request_id)

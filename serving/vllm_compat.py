@@ -285,10 +285,20 @@ def fork_engine_core() -> None:
     engine_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
 
 
-def counts_thinking_tokens(engine_client: Any) -> bool:
-    """Whether the engine knows the thinking markers (--reasoning-parser), so that it can hold a budget."""
+def thinking_texts(engine_client: Any) -> tuple[str, str]:
+    """(start, end) of a thought as the engine's reasoning parser knows them; empty where it knows none."""
     config = getattr(engine_client.vllm_config, "reasoning_config", None)
-    return config is not None and bool(config.enabled)
+    tokenizer = getattr(engine_client.renderer, "tokenizer", None)
+    if config is None or not config.enabled or tokenizer is None:
+        return "", ""
+    return tokenizer.decode(config.reasoning_start_token_ids), tokenizer.decode(config.natural_reasoning_end_token_ids)
+
+
+def model_type(model_config: Any) -> str:
+    """config.json's model type; gpt-oss-puzzle's own, which says gpt_oss to vLLM (serving/hf_config.py)."""
+    if "GptOssPuzzleForCausalLM" in (getattr(model_config.hf_config, "architectures", None) or ()):
+        return "gpt_oss_puzzle"
+    return getattr(model_config.hf_config, "model_type", "")
 
 
 def responses_reasoning(effort: str) -> Any:
@@ -363,3 +373,9 @@ def observe_outputs(observe: Any) -> None:
 def internal_request_ids(engine_client: Any, request_id: str) -> list[str]:
     """The engine's ids of the running sequences of one request."""
     return list(engine_client.output_processor.external_req_ids.get(request_id, ()))
+
+
+def handlers(state: Any) -> list[Any]:
+    """Every handler of a server's paths that holds an engine client, each once."""
+    found = {id(value): value for value in vars(state)["_state"].values() if hasattr(value, "engine_client")}
+    return list(found.values())

@@ -86,10 +86,16 @@ def test_the_package_list_equals_the_disk() -> None:
 
 def test_package_data_covers_every_file_that_is_not_python() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    patterns = config["package-data"]["vllm_puzzle.model_configs"]
-    covered = {path for pattern in patterns for path in (ROOT / "model_configs").glob(pattern)}
-    data = {p for p in (ROOT / "model_configs").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
-    assert data == covered
+    folders = {package: ROOT / folder for package, folder in config["package-dir"].items()}
+    covered = {
+        path
+        for package, patterns in config["package-data"].items()
+        for pattern in patterns
+        for path in folders[package].glob(pattern)
+    }
+    shipped = ("model_configs", "serving")
+    files = {path for folder in shipped for path in (ROOT / folder).rglob("*") if path.is_file()}
+    assert {path for path in files if path.suffix not in (".py", ".pyc")} == covered
 
 
 @pytest.mark.parametrize("folder", ["kernels", "bench", "tests"])

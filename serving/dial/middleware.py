@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from vllm_puzzle.serving.dial.dialects import FIELDS, read_statements
+from vllm_puzzle.serving.dial.policy import MAX_BODY_BYTES
 from vllm_puzzle.serving.dial.reply import COMPACT, finish_body, finish_event
 from vllm_puzzle.serving.dial.request import RequestError, combine
 from vllm_puzzle.serving.dial.turn import TURN, Turn
@@ -23,7 +24,6 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/messages")
 EVENT_END = b"\n\n"
-MAX_BODY_BYTES = 256 * 1024 * 1024
 # Objects that hold other things too: their reasoning keys stay, as nobody else reads them.
 SHARED = ("chat_template_kwargs", "nvext", "custom_params", "vllm_xargs", "extra_body")
 
@@ -31,8 +31,9 @@ SHARED = ("chat_template_kwargs", "nvext", "custom_params", "vllm_xargs", "extra
 class DialMiddleware:
     """Wraps an ASGI app; other paths and methods pass untouched."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, max_body_bytes: int = MAX_BODY_BYTES) -> None:
         self.app = app
+        self.max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -40,7 +41,7 @@ class DialMiddleware:
             await self.app(scope, receive, send)
             return
         try:
-            raw = await _read_body(receive)
+            raw = await _read_body(receive, self.max_body_bytes)
             body = _parse(raw)
             turn = Turn(scope["path"], authorization=_header(scope, b"authorization"))
             if body is not None:
@@ -125,7 +126,7 @@ def _wants_continuous_usage(body: Mapping[str, Any]) -> bool:
     return isinstance(options, Mapping) and bool(options.get("continuous_usage_stats"))
 
 
-async def _read_body(receive: Receive) -> bytes:
+async def _read_body(receive: Receive, max_bytes: int) -> bytes:
     parts, size, more = [], 0, True
     while more:
         message = await receive()
@@ -133,8 +134,8 @@ async def _read_body(receive: Receive) -> bytes:
             break
         parts.append(message.get("body", b""))
         size += len(parts[-1])
-        if size > MAX_BODY_BYTES:
-            raise RequestError(f"body: found more than {MAX_BODY_BYTES} bytes, allowed: at most that", "body")
+        if size > max_bytes:
+            raise RequestError(f"body: found more than {max_bytes} bytes, allowed: at most that", "body")
         more = message.get("more_body", False)
     return b"".join(parts)
 

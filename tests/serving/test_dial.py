@@ -1,4 +1,4 @@
-"""The dial without a server: what a wish becomes for a model, the system line, the middleware."""
+"""The dial without a server: the middleware that reads the fields, and the reply's thought."""
 
 from __future__ import annotations
 
@@ -8,116 +8,11 @@ from typing import Any
 
 import pytest
 from vllm_puzzle.serving.dial.middleware import DialMiddleware, without_fields
-from vllm_puzzle.serving.dial.request import ReasoningRequest, RequestError
-from vllm_puzzle.serving.dial.resolve import ModelDial, resolve, template_arguments
-from vllm_puzzle.serving.dial.system_line import needs_system_line, read_lines, with_system_line
+from vllm_puzzle.serving.dial.request import ReasoningRequest
 from vllm_puzzle.serving.dial.turn import TURN
 
-QWEN = ModelDial(frozenset({"messages", "enable_thinking"}))
-SUPER = ModelDial(frozenset({"enable_thinking", "low_effort", "truncate_history_thinking"}))
-KIMI = ModelDial(frozenset({"thinking", "thinking_effort"}))
-NO_SWITCH = ModelDial(frozenset({"messages"}))
-USER = {"role": "user", "content": "3+4"}
 
-
-def wish(**fields: Any) -> ReasoningRequest:
-    return ReasoningRequest(**fields, sources={name: name for name in fields})
-
-
-@pytest.mark.parametrize(
-    ("model", "asked", "arguments", "budget"),
-    [
-        (QWEN, {}, {}, None),
-        (QWEN, {"is_on": True}, {"enable_thinking": True}, None),
-        (QWEN, {"is_on": False}, {"enable_thinking": False}, None),
-        (QWEN, {"is_on": False, "budget": 0}, {"enable_thinking": False}, None),
-        (QWEN, {"is_on": True, "budget": 9}, {"enable_thinking": True}, 9),
-        (QWEN, {"is_on": True, "budget": -1}, {"enable_thinking": True}, None),
-        (QWEN, {"is_on": True, "effort": "high"}, {"enable_thinking": True}, None),
-        (SUPER, {"is_on": True, "effort": "minimal"}, {"enable_thinking": True, "low_effort": True}, None),
-        (SUPER, {"is_on": True, "effort": "high"}, {"enable_thinking": True}, None),
-        (SUPER, {"keeps_history": True}, {"truncate_history_thinking": False}, None),
-        (KIMI, {"is_on": False}, {"enable_thinking": False, "thinking": False}, None),
-        (KIMI, {"effort": "max"}, {"thinking_effort": "max"}, None),
-        (NO_SWITCH, {"is_on": False}, {"enable_thinking": False}, 0),
-        (NO_SWITCH, {"is_on": True, "budget": 5}, {"enable_thinking": True}, 5),
-    ],
-)
-def test_a_wish_becomes_template_arguments_and_a_budget(
-    model: ModelDial, asked: dict[str, Any], arguments: dict[str, Any], budget: int | None
-) -> None:
-    done = resolve(wish(**asked), model)
-    assert (dict(done.template_arguments), done.budget) == (arguments, budget)
-
-
-def test_a_model_that_only_a_level_switches_off_gets_that_level() -> None:
-    by_level = ModelDial(frozenset({"messages", "reasoning_effort"}), has_budget=False)
-    done = resolve(wish(is_on=False), by_level)
-    assert (done.effort, done.budget) == ("none", None)
-    assert resolve(wish(is_on=True, effort="low"), by_level).template_arguments["reasoning_effort"] == "low"
-    assert resolve(wish(is_on=False), QWEN).effort is None
-
-
-def test_what_a_model_or_a_server_cannot_do_is_refused_by_field() -> None:
-    uncounted = ModelDial(frozenset(), has_budget=False)
-    for asked in ({"is_on": True, "budget": 5}, {"is_on": False}):
-        with pytest.raises(RequestError, match="allowed with --reasoning-parser"):
-            resolve(wish(**asked), uncounted)
-    with pytest.raises(RequestError, match="`keeps_history`: found with a model whose template has no such rule"):
-        resolve(wish(keeps_history=False), QWEN)
-
-
-def test_a_templates_variables_are_read_from_its_syntax_not_its_text() -> None:
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if thinking is true %}x{% endif %} low_effort"
-    assert template_arguments(template) == {"messages", "thinking"}
-    with_tags = "{% generation %}{{ enable_thinking }}{% endgeneration %} detailed thinking on"
-    assert template_arguments(with_tags) == {"enable_thinking"}
-
-
-def system(text: Any) -> dict[str, Any]:
-    return {"role": "system", "content": text}
-
-
-@pytest.mark.parametrize(
-    ("messages", "expected"),
-    [
-        ([USER], []),
-        ([system("detailed thinking off"), USER], [False]),
-        ([system("Be brief.\n Detailed Thinking ON "), USER], [True]),
-        ([system([{"type": "text", "text": "detailed thinking off"}]), USER], [False]),
-        ([system("please use detailed thinking on this"), USER], []),
-        ([{"role": "user", "content": "detailed thinking off"}], []),
-        ([system("detailed thinking on\ndetailed thinking off"), USER], [True, False]),
-    ],
-)
-def test_the_system_line_is_read_where_it_counts(messages: list[Any], expected: list[bool]) -> None:
-    assert read_lines(messages) == expected
-
-
-@pytest.mark.parametrize(
-    ("template", "model_type", "expected"),
-    [
-        ("{{ enable_thinking }}", "llama", False),
-        ("{% if 'no_think' in system %}", "nemotron-nas", False),
-        ("{{ messages }}", "nemotron-nas", True),
-        ("{% set s = 'detailed thinking on' %}", "llama", True),
-        ("{{ messages }}", "llama", False),
-    ],
-)
-def test_the_system_line_is_for_models_that_have_no_other_switch(
-    template: str, model_type: str, expected: bool
-) -> None:
-    assert needs_system_line(template, model_type) is expected
-
-
-def test_the_line_joins_a_system_message_or_starts_one_and_is_never_doubled() -> None:
-    assert with_system_line([USER], False) == [system("detailed thinking off"), USER]
-    assert with_system_line([system("Be brief."), USER], True) == [system("detailed thinking on\nBe brief."), USER]
-    already = [system("detailed thinking on"), USER]
-    assert with_system_line(already, True) == already
-
-
-def call(path: str, raw: bytes, method: str = "POST") -> tuple[list[Any], dict[str, Any]]:
+def call(path: str, raw: bytes, method: str = "POST", **options: int) -> tuple[list[Any], dict[str, Any]]:
     """Send a body through the middleware, in two parts. Returns what was answered, and what the app saw."""
     sent: list[Any] = []
     seen: dict[str, Any] = {}
@@ -143,7 +38,7 @@ def call(path: str, raw: bytes, method: str = "POST") -> tuple[list[Any], dict[s
         seen["next"] = await receive()
 
     scope = {"type": "http", "method": method, "path": path, "headers": [(b"content-length", str(len(raw)).encode())]}
-    asyncio.run(DialMiddleware(app)(scope, receive, send))
+    asyncio.run(DialMiddleware(app, **options)(scope, receive, send))
     return sent, seen
 
 
@@ -183,6 +78,14 @@ def test_an_error_has_the_shape_of_the_api_that_was_called(path: str) -> None:
     error = json.loads(reply["body"])
     assert "`reasoning_effort` (reasoning off) contradicts `think` (reasoning on)" in error["error"]["message"]
     assert (error.get("type") == "error") == (path == "/v1/messages")
+
+
+def test_a_body_beyond_the_operators_limit_is_refused() -> None:
+    raw = json.dumps({"model": "m" * 40}).encode()
+    (start, reply), seen = call("/v1/chat/completions", raw, max_body_bytes=len(raw) - 1)
+    assert (start["status"], seen) == (400, {})
+    assert f"found more than {len(raw) - 1} bytes" in json.loads(reply["body"])["error"]["message"]
+    assert call("/v1/chat/completions", raw, max_body_bytes=len(raw))[1]["body"] == raw
 
 
 def test_anthropics_output_format_stays_while_its_effort_is_taken() -> None:
