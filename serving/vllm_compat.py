@@ -323,6 +323,19 @@ def enforce_thinking_budgets() -> None:
         module.maybe_create_thinking_budget_state_holder = make  # type: ignore[attr-defined]
 
 
+def enforce_thinking_budgets_v2() -> None:
+    """The same in the V2 runner, once somebody imports its sampler, which takes 2 s. Repeatable."""
+    from vllm_puzzle.serving.late_import import when_imported
+
+    def use_device_budgets(sampler: Any) -> None:
+        from vllm_puzzle.serving.thinking_v2 import DeviceThinkingBudgets
+
+        sampler.ThinkingBudgetState = DeviceThinkingBudgets
+        add_worker_methods()
+
+    when_imported("vllm.v1.worker.gpu.sample.sampler", use_device_budgets)
+
+
 def add_worker_methods() -> None:
     """Give workers the methods that the API process calls by name. Called inside a worker, where the class is imported
     anyway: importing it elsewhere takes a second."""
