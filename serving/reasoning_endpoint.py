@@ -16,6 +16,7 @@ from vllm_puzzle.kernels.thinking import ThinkingMarkers
 from vllm_puzzle.serving import vllm_compat
 from vllm_puzzle.serving.consistent_parser import consistent
 from vllm_puzzle.serving.dial.capabilities import capabilities
+from vllm_puzzle.serving.dial.derive import preset
 from vllm_puzzle.serving.dial.middleware import DialMiddleware
 from vllm_puzzle.serving.dial.policy import policy_from_environment
 from vllm_puzzle.serving.dial.profile import profile_of
@@ -24,7 +25,7 @@ from vllm_puzzle.serving.dial.resolve import Effective, ModelDial, resolve, sett
 from vllm_puzzle.serving.dial.responses_text import as_messages, write_back
 from vllm_puzzle.serving.dial.turn import TURN, Turn
 from vllm_puzzle.serving.reasoning_routes import make_router
-from vllm_puzzle.serving.thinking_engine import ThinkingServer, WatchedEngine
+from vllm_puzzle.serving.thinking_engine import ThinkingServer, WatchedEngine, limits_alone
 from vllm_puzzle.serving.thinking_markers import make_markers
 from vllm_puzzle.serving.thinking_metrics import ThinkingMetrics
 from vllm_puzzle.serving.thinking_plan import markers_to_wire
@@ -53,13 +54,13 @@ class ReasoningPlugin:
             await engine_client.collective_rpc("puzzle_set_markers", args=(markers_to_wire(markers),))
         state.puzzle_thinking = server
         state.puzzle_capabilities = lambda name: capabilities(dial.profile, dial.policy, name, dial.has_budget)
+        for handler in vllm_compat.handlers(state):  # of every path, known here or not: the ceiling holds on all
+            make_parser = use_consistent_parser(handler, markers, getattr(engine_client.renderer, "tokenizer", None))
+            handler.engine_client = WatchedEngine(handler.engine_client, server, make_parser)
         for name, method, apply in HANDLERS:
             handler = getattr(state, name, None)
             if handler is not None:
-                parser_cls = use_consistent_parser(handler, markers, getattr(engine_client.renderer, "tokenizer", None))
-                handler.engine_client = WatchedEngine(handler.engine_client, server, parser_cls)
-                if method:
-                    setattr(handler, method, _wrap(handler, getattr(handler, method), apply, dial))
+                setattr(handler, method, _wrap(handler, getattr(handler, method), apply, dial))
 
 
 def use_consistent_parser(handler: Any, markers: ThinkingMarkers | None, tokenizer: Any) -> Any:
@@ -84,6 +85,7 @@ def model_dial(engine_client: Any, args: Any) -> tuple[ThinkingMarkers | None, M
     names = [*(getattr(args, "served_model_name", None) or []), model_config.model]
     start, end = vllm_compat.thinking_texts(engine_client)
     profile = profile_of(vllm_compat.model_type(model_config), " ".join(names), template, start, end)
+    profile = preset(profile, getattr(args, "default_chat_template_kwargs", None) or {})
     policy = policy_from_environment()
     reasoning_config = getattr(engine_client.vllm_config, "reasoning_config", None)
     markers = make_markers(tokenizer, profile, policy.phrase, reasoning_config)
@@ -97,9 +99,15 @@ def make_plugin() -> ReasoningPlugin:
 
 def _wrap(handler: Any, original: Entry, apply: Apply, dial: ModelDial) -> Entry:
     async def entry(request: Any, *args: Any, **kwargs: Any) -> Any:
-        turn = TURN.get() or Turn("")
+        turn = TURN.get()
+        if turn is None:  # a path without the dial's middleware
+            turn = Turn("")
+            TURN.set(turn)
         try:
             turn.effective = apply(request, turn.wish, dial)
+            if getattr(request, "use_beam_search", False):
+                turn.is_followed = False
+                refuse_beams(turn.effective, turn.wish)
         except RequestError as error:
             return handler.create_error_response(str(error), param=error.param)
         return await original(request, *args, **kwargs)
@@ -107,8 +115,20 @@ def _wrap(handler: Any, original: Entry, apply: Apply, dial: ModelDial) -> Entry
     return entry
 
 
-def _as_it_is(request: Any, wish: ReasoningRequest, dial: ModelDial) -> Effective:
-    return Effective()
+def refuse_beams(done: Effective, wish: ReasoningRequest) -> None:
+    """Raise RequestError for a limit beside beam search, which starts a new engine request for each token."""
+    if done.budget is not None:
+        source = wish.sources.get("budget", "use_beam_search")
+        raise RequestError(
+            f"`{source}`: found a thinking limit beside `use_beam_search`, allowed: one of the two", source
+        )
+
+
+def apply_to_completion(request: Any, wish: ReasoningRequest, dial: ModelDial) -> Effective:
+    """A completion's prompt is the client's own: only vLLM's field for the budget, and the operator's ceiling."""
+    done = limits_alone(request.thinking_token_budget, dial.policy)
+    request.thinking_token_budget = None
+    return done
 
 
 def apply_to_chat(request: Any, wish: ReasoningRequest, dial: ModelDial) -> Effective:
@@ -149,5 +169,5 @@ HANDLERS: tuple[tuple[str, str, Apply], ...] = (
     ("openai_serving_chat", "create_chat_completion", apply_to_chat),
     ("anthropic_serving_messages", "create_chat_completion", apply_to_chat),
     ("openai_serving_responses", "create_responses", apply_to_responses),
-    ("openai_serving_completion", "", _as_it_is),
+    ("openai_serving_completion", "create_completion", apply_to_completion),
 )

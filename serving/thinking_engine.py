@@ -37,7 +37,7 @@ class ThinkingServer:
         """Write the plan into the sampling parameters, in place, and start to watch. None without markers."""
         own = {key: value for key, value in (params.extra_args or {}).items() if not key.startswith(PLAN_KEY)}
         params.extra_args = own or None  # a client's own plan is none
-        if self.markers is None:
+        if self.markers is None or not turn.is_followed:
             return None
         limits = self._limits(params, turn)
         if not limits.is_free:
@@ -56,11 +56,8 @@ class ThinkingServer:
 
     def _limits(self, params: Any, turn: Turn) -> ThinkingLimits:
         assert self.markers is not None
-        done = turn.effective
-        if done is None:  # a path without the dial has vLLM's own field, and the operator's ceiling all the same
-            budgets = [b for b in (params.thinking_token_budget, self.policy.ceiling) if b is not None and b >= 0]
-            done = Effective(budget=min(budgets, default=None), answer_reserve=0, loop=self.policy.loop)
-        elif params.max_tokens is not None:
+        done = turn.effective or limits_alone(params.thinking_token_budget, self.policy)
+        if params.max_tokens is not None:
             done = within(done, params.max_tokens, len(self.markers.closing))
         turn.effective = done
         return ThinkingLimits(done.budget, done.grace, _loop_rule(params, done.loop))
@@ -76,6 +73,12 @@ class ThinkingServer:
                     return True
             await asyncio.sleep(RETRY_S)  # it waits for its turn: ask again
         return False
+
+
+def limits_alone(budget: int | None, policy: ReasoningPolicy) -> Effective:
+    """What is done without a dial: vLLM's own budget field (-1 or None: no limit), under what the operator says."""
+    budgets = [limit for limit in (budget, policy.ceiling) if limit is not None and limit >= 0]
+    return Effective(budget=min(budgets, default=None), loop=policy.loop, answer_reserve=0)
 
 
 def _loop_rule(params: Any, rule: LoopRule | None) -> LoopRule | None:

@@ -342,6 +342,19 @@ def spread_temperatures_on_cpu() -> None:
         rejection_sampler.expand_batch_to_tokens = expand
 
 
+def enforce_thinking_budgets_v2() -> None:
+    """The same in the V2 runner, once somebody imports its sampler, which takes 2 s. Repeatable."""
+    from vllm_puzzle.serving.late_import import when_imported
+
+    def use_device_budgets(sampler: Any) -> None:
+        from vllm_puzzle.serving.thinking_v2 import DeviceThinkingBudgets
+
+        sampler.ThinkingBudgetState = DeviceThinkingBudgets
+        add_worker_methods()
+
+    when_imported("vllm.v1.worker.gpu.sample.sampler", use_device_budgets)
+
+
 def add_worker_methods() -> None:
     """Give workers the methods that the API process calls by name. Called inside a worker, where the class is imported
     anyway: importing it elsewhere takes a second."""
@@ -379,3 +392,9 @@ def observe_outputs(observe: Any) -> None:
 def internal_request_ids(engine_client: Any, request_id: str) -> list[str]:
     """The engine's ids of the running sequences of one request."""
     return list(engine_client.output_processor.external_req_ids.get(request_id, ()))
+
+
+def handlers(state: Any) -> list[Any]:
+    """Every handler of a server's paths that holds an engine client, each once."""
+    found = {id(value): value for value in vars(state)["_state"].values() if hasattr(value, "engine_client")}
+    return list(found.values())

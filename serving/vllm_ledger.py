@@ -195,6 +195,13 @@ LEDGER = (
         remove_when="the CPU operator takes floating-point values",
     ),
     LedgerEntry(
+        target="vllm.v1.worker.gpu.sample.sampler:ThinkingBudgetState",
+        why="the same in the V2 runner: its budget is a fresh one for each block and knows one end. Ours "
+        "(serving/thinking_v2.py) has its interface and reads RequestState and LogitsContext as it does",
+        upstream="https://github.com/vllm-project/vllm/issues/54906 (budget with drafts)",
+        remove_when="as above",
+    ),
+    LedgerEntry(
         target="vllm.v1.worker.gpu_input_batch:maybe_create_thinking_budget_state_holder",
         why="the same function under the name the batch has imported before plugins are loaded",
         upstream="as above",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_puzzle.serving.dial.dialects import MAX_BUDGET
 from vllm_puzzle.serving.dial.policy import ReasoningPolicy
-from vllm_puzzle.serving.dial.profile import ARGUMENT, HIDDEN, LEVEL, SYSTEM_LINE, TEXT, TRAINED, ModelProfile
-from vllm_puzzle.serving.dial.request import EFFORTS, UNLIMITED
+from vllm_puzzle.serving.dial.profile import ARGUMENT, CLOSED, HIDDEN, LEVEL, SYSTEM_LINE, TEXT, TRAINED, ModelProfile
+from vllm_puzzle.serving.dial.request import EFFORTS
+from vllm_puzzle.serving.dial.resolve import SHORT_BUDGET, effort_budget, nearest
 
 OFF_WORDS = {
     TRAINED: "the off state that the model was trained on",
+    CLOSED: "the thought is closed at once",
     HIDDEN: "short hidden reasoning, as the model always reasons",
 }
 
@@ -25,17 +26,15 @@ def capabilities(
     level changes nothing. budget: {min, max} in tokens, max null for no limit; null where the server cannot count.
     default: {mode, effort, budget} of a request that says nothing.
     """
-    can_close = has_budget and profile.off_state != HIDDEN
-    can_disable = profile.has_off or can_close
-    off = OFF_WORDS.get(profile.off_state, "the thought is closed at once")
-    has_off = can_disable or has_budget
+    can_disable = profile.has_off or (has_budget and profile.off_state != HIDDEN)
+    has_off, is_never_on = can_disable or has_budget, policy.ceiling == 0
     return {
         "profile": profile.name,
-        "modes": ["on", "off"] if has_off else ["on"],
+        "modes": ([] if is_never_on else ["on"]) + (["off"] if has_off else []),
         "can_disable": can_disable,
-        "off": off if has_off else None,
+        "off": OFF_WORDS[profile.off_state] if has_off else None,
         "switch": switch_words(profile),
-        "efforts": _efforts(profile, policy, model_name),
+        "efforts": [] if is_never_on else _efforts(profile, policy, model_name),
         "budget": {"min": profile.min_budget, "max": policy.ceiling} if has_budget else None,
         "default": _default(profile, policy, model_name),
     }
@@ -55,19 +54,22 @@ def switch_words(profile: ModelProfile) -> str | None:
 
 
 def _efforts(profile: ModelProfile, policy: ReasoningPolicy, model_name: str) -> list[dict[str, Any]]:
-    budgets = policy.budgets_of(model_name)
-    known = [effort for effort in EFFORTS if effort in profile.levels or effort in budgets]
-    return [{"effort": effort, "budget": _budget(budgets.get(effort), policy)} for effort in known]
+    known = [effort for effort in EFFORTS if effort in {**profile.levels, **policy.budgets_of(model_name)}]
+    return [{"effort": effort, "budget": _budget(effort, policy, model_name)} for effort in known]
 
 
-def _budget(budget: int | None, policy: ReasoningPolicy) -> int | None:
-    free = budget is None or budget == UNLIMITED
-    most = min(MAX_BUDGET if free or budget is None else budget, policy.ceiling or MAX_BUDGET)
-    return None if most == MAX_BUDGET else most
+def _budget(effort: str | None, policy: ReasoningPolicy, model_name: str) -> int | None:
+    return policy.limited(effort_budget(effort, policy, model_name)[1])
 
 
 def _default(profile: ModelProfile, policy: ReasoningPolicy, model_name: str) -> dict[str, Any]:
-    said = policy.default_of(model_name) or profile.default
-    is_level = said not in ("on", "off")
-    effort = said if is_level else profile.default_level if said == "on" else None
-    return {"mode": "off" if said == "off" else "on", "effort": effort}
+    said = "off" if policy.ceiling == 0 else policy.default_of(model_name) or profile.default
+    if said == "off":
+        return {
+            "mode": "off",
+            "effort": None,
+            "budget": 0 if profile.off_state != HIDDEN else policy.limited(SHORT_BUDGET),
+        }
+    asked = None if said == "on" else said
+    level = profile.default_level if asked is None else nearest(asked, profile.levels or [asked])
+    return {"mode": "on", "effort": level, "budget": _budget(asked, policy, model_name)}

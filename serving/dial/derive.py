@@ -47,6 +47,14 @@ def narrowed(profile: ModelProfile, template: str) -> ModelProfile:
     )
 
 
+def preset(profile: ModelProfile, defaults: Mapping[str, Any]) -> ModelProfile:
+    """The profile of a server whose own template variables (--default-chat-template-kwargs) switch the model."""
+    states = {bool(defaults[name]) for name in profile.arguments if defaults.get(name) is not None}
+    if len(states) != 1:
+        return profile
+    return replace(profile, default="on" if states.pop() else "off")
+
+
 def derive(template: str, start: str = "", end: str = "") -> ModelProfile:
     """The profile of a model of no known family. `start`, `end`: its markers where the server knows them."""
     base = with_markers(next(each for each in known_profiles() if each.name == "generic-think"), start, end)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,12 @@ class ReasoningPolicy:
     def budgets_of(self, model: str) -> Budgets:
         """The effort → budget map of one served model."""
         return self.budgets.get(model, self.budgets.get(EVERY_MODEL, {}))
+
+    def limited(self, budget: int | None) -> int | None:
+        """A budget under the ceiling; None for no limit."""
+        if budget is None or self.ceiling is None:
+            return self.ceiling if budget is None else budget
+        return min(budget, self.ceiling)
 
 
 def policy_from_environment(value: str | None = None) -> ReasoningPolicy:
@@ -271,4 +277,3 @@ READERS: dict[str, Callable[[str, str, Any], Any]] = {
     "max_body_bytes": _integer(1024),
     "provenance": _free,
 }
-assert tuple(READERS) == tuple(entry.name for entry in fields(ReasoningPolicy))

@@ -95,21 +95,22 @@ def resolve(wish: ReasoningRequest, model: ModelDial, in_text: Iterable[bool] = 
     is_on, asked = _state(wish, model, list(in_text), notes)
     level = _level(asked, wish, model, notes)
     budget = _budget(asked, wish, model, notes)
-    budget = _under_ceiling(budget, wish, policy, notes)
+    # A ceiling alone is no reason to write a number into every prompt.
+    is_asked = wish.budget not in (None, UNLIMITED) or effort_budget(asked, policy, model.name)[1] is not None
     if budget == 0:
         is_on = False
         if wish.is_on:
             notes.append("on: the server's ceiling is 0 thinking tokens")
     is_short = is_on is False and profile.off_state == HIDDEN
     if is_short:
-        level, budget = min(profile.levels, key=EFFORTS.index), _short_budget(policy.ceiling)
+        level, budget = min(profile.levels, key=EFFORTS.index), policy.limited(SHORT_BUDGET)
         is_on = True
         notes.append(f"off: {profile.name} always reasons; hidden, level {level}, at most {budget} tokens")
     elif is_on and level is None and profile.switch == LEVEL and profile.default == "off":
         level = nearest("high", profile.levels) if profile.levels else None
     elif is_on is False:
         # The off state that the model was trained on, rather than a thought closed at once; it may think all the same.
-        budget = policy.ceiling or None if profile.has_off else 0
+        budget = (policy.ceiling or None) if profile.has_off else 0
         level = None
         if profile.switch == TEXT and profile.text != MESSAGE_TAG:
             notes.append("off: the switch is at the start of the prompt, so thinking requests' prefix cache is no help")
@@ -120,7 +121,7 @@ def resolve(wish: ReasoningRequest, model: ModelDial, in_text: Iterable[bool] = 
         effort="none" if is_on is False and profile.switch == LEVEL else level,
         budget=budget,
         is_visible=wish.is_visible is not False and not is_short,
-        template_arguments=_template_arguments(is_on, level, budget, wish, profile),
+        template_arguments=_template_arguments(is_on, level, budget if is_asked else None, wish, profile),
         grace=policy.grace.tokens(budget),
         loop=policy.loop,
         requested=_requested(wish),
@@ -169,9 +170,7 @@ def _state(
         notes.append(f"{WORDS[profile.text or '']}: switches in the text are not used by this server")
     elif text is not None and is_on is not None and text != is_on:
         notes.append(f"{WORDS[profile.text or '']}: `{wish.sources.get('is_on', 'a field')}` says otherwise, and wins")
-    is_silent = is_on is None
-    if is_silent:
-        is_on = text
+    is_on = text if is_on is None else is_on
     if default not in (None, "on", "off") and is_on is not False and effort is None and wish.budget is None:
         return True, default
     if is_on is None and default is not None:
@@ -209,30 +208,29 @@ def nearest(effort: str, levels: Iterable[str]) -> str:
     return min(levels, key=lambda level: (abs(rank(level) - rank(effort)), -rank(level)))
 
 
+def effort_budget(effort: str | None, policy: ReasoningPolicy, name: str) -> tuple[str | None, int | None]:
+    """(the effort whose budget is used, that budget) by the operator's map for a served model; None for no limit."""
+    budgets = policy.budgets_of(name)
+    if effort is None or not budgets:
+        return effort, None
+    used = nearest(effort, budgets)
+    return used, None if budgets[used] == UNLIMITED else budgets[used]
+
+
 def _budget(asked: str | None, wish: ReasoningRequest, model: ModelDial, notes: list[str]) -> int | None:
-    """The request's number, else what the operator's map gives for the effort; None for no limit."""
-    budget = wish.budget
-    if budget is None and asked is not None:
-        budgets = model.policy.budgets_of(model.name)
-        if budgets:
-            used = nearest(asked, budgets)
-            budget = budgets[used]
-            if used != asked and wish.effort == asked and model.profile.levels:
-                notes.append(f"effort {asked}: nearest budget is that of {used}")
-    return None if budget == UNLIMITED else budget
-
-
-def _under_ceiling(budget: int | None, wish: ReasoningRequest, policy: ReasoningPolicy, notes: list[str]) -> int | None:
-    if policy.ceiling is None or (budget is not None and budget <= policy.ceiling):
-        return budget
-    if wish.budget is not None:
-        asked = "no limit" if budget is None else f"budget {budget}"
-        notes.append(f"{asked}: the server's ceiling is {policy.ceiling}")
-    return policy.ceiling
-
-
-def _short_budget(ceiling: int | None) -> int:
-    return SHORT_BUDGET if ceiling is None else min(SHORT_BUDGET, ceiling)
+    """The request's number, else what the map gives for the effort; under the ceiling. None for no limit."""
+    policy = model.policy
+    if wish.budget is None:
+        used, budget = effort_budget(asked, policy, model.name)
+        if used != asked and wish.effort == asked and model.profile.levels:
+            notes.append(f"effort {asked}: nearest budget is that of {used}")
+        return policy.limited(budget)
+    budget = None if wish.budget == UNLIMITED else wish.budget
+    if policy.limited(budget) != budget:
+        notes.append(
+            f"{'no limit' if budget is None else f'budget {budget}'}: the server's ceiling is {policy.ceiling}"
+        )
+    return policy.limited(budget)
 
 
 def _cannot_count(wish: ReasoningRequest) -> RequestError:

@@ -12,6 +12,8 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+DEFAULTS = {"add_generation_prompt": True, "bos_token": "<s>", "eos_token": "</s>"}
+
 
 class GenerationTag(Extension):
     """`{% generation %}…{% endgeneration %}`: marks a reply's tokens for training, and changes no text."""
@@ -61,8 +63,6 @@ class Template:
         if self._template is None:
             return None
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=True, bos_token="<s>", eos_token="</s>", **variables
-            )
+            return self._template.render(DEFAULTS | {"messages": messages, **variables})
         except Exception:  # a template is a program: it can raise anything, and says with it what it cannot do
             return None

@@ -41,6 +41,7 @@ class Turn:
     """A request and its reply. The middleware makes it, the handlers fill it in.
 
     wish: None on paths without reasoning fields. names: the fields that carry a thought on chat completions.
+    is_followed: whether one engine request is one sequence, so that its thoughts can be followed.
     sources: reports by sequence index, of each engine request. is_counted: whether the server knows the model's
     markers, so that there are reports.
     """
@@ -50,6 +51,7 @@ class Turn:
     authorization: str | None = None
     wants_continuous_usage: bool = False
     effective: Effective | None = None
+    is_followed: bool = True
     names: Sequence[str] = NAMES
     is_counted: bool = False
     sources: list[Mapping[int, Report]] = field(default_factory=list)

@@ -12,7 +12,7 @@ from vllm_puzzle.serving.dial.request import ReasoningRequest
 from vllm_puzzle.serving.dial.turn import TURN
 
 
-def call(path: str, raw: bytes, method: str = "POST") -> tuple[list[Any], dict[str, Any]]:
+def call(path: str, raw: bytes, method: str = "POST", **options: int) -> tuple[list[Any], dict[str, Any]]:
     """Send a body through the middleware, in two parts. Returns what was answered, and what the app saw."""
     sent: list[Any] = []
     seen: dict[str, Any] = {}
@@ -38,7 +38,7 @@ def call(path: str, raw: bytes, method: str = "POST") -> tuple[list[Any], dict[s
         seen["next"] = await receive()
 
     scope = {"type": "http", "method": method, "path": path, "headers": [(b"content-length", str(len(raw)).encode())]}
-    asyncio.run(DialMiddleware(app)(scope, receive, send))
+    asyncio.run(DialMiddleware(app, **options)(scope, receive, send))
     return sent, seen
 
 
@@ -78,6 +78,14 @@ def test_an_error_has_the_shape_of_the_api_that_was_called(path: str) -> None:
     error = json.loads(reply["body"])
     assert "`reasoning_effort` (reasoning off) contradicts `think` (reasoning on)" in error["error"]["message"]
     assert (error.get("type") == "error") == (path == "/v1/messages")
+
+
+def test_a_body_beyond_the_operators_limit_is_refused() -> None:
+    raw = json.dumps({"model": "m" * 40}).encode()
+    (start, reply), seen = call("/v1/chat/completions", raw, max_body_bytes=len(raw) - 1)
+    assert (start["status"], seen) == (400, {})
+    assert f"found more than {len(raw) - 1} bytes" in json.loads(reply["body"])["error"]["message"]
+    assert call("/v1/chat/completions", raw, max_body_bytes=len(raw))[1]["body"] == raw
 
 
 def test_anthropics_output_format_stays_while_its_effort_is_taken() -> None:

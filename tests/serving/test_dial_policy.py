@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import yaml
 from vllm_puzzle.kernels.thinking import LoopRule
 from vllm_puzzle.model_configs.schema import ConfigError
 from vllm_puzzle.serving.dial.policy import (
+    READERS,
     VARIABLE,
     Grace,
     ReasoningPolicy,
@@ -52,6 +53,11 @@ def test_the_example_file_says_what_its_comments_say() -> None:
     assert policy.budgets_of("pocket-puzzle") == {"low": 8, "medium": 32, "high": 96}
     assert policy.budgets_of("other")["max"] == -1
     assert (policy.default_of("gpt-oss"), policy.default_of("other")) == ("low", "on")
+
+
+def test_every_field_of_a_policy_can_be_written() -> None:
+    assert list(READERS) == [entry.name for entry in fields(ReasoningPolicy)]
+    assert set(yaml.safe_load(EXAMPLE.read_text())) == set(READERS), "the example shows every key"
 
 
 def test_an_empty_file_and_null_keys_leave_the_defaults(tmp_path: Path) -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import dial_models
 import pytest
 import yaml
-from dial_models import FAMILIES, POCKETS
+from dial_models import FAMILIES, POCKETS, dial, wish
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm_puzzle.model_configs.schema import ConfigError
 from vllm_puzzle.serving.dial.capabilities import capabilities
-from vllm_puzzle.serving.dial.derive import derive
+from vllm_puzzle.serving.dial.derive import derive, preset
 from vllm_puzzle.serving.dial.policy import ReasoningPolicy, read_policy
 from vllm_puzzle.serving.dial.profile import FOLDER, ModelProfile, known_profiles, load_profile, profile_of
+from vllm_puzzle.serving.dial.resolve import resolve
 from vllm_puzzle.serving.dial.template import Template
 
 EXPECTED = {
@@ -104,6 +106,16 @@ def test_levels_are_what_the_template_tells_apart() -> None:
     assert derive("{% if reasoning_effort %}{% endif %}" + dial_models.SWITCHED).levels == {}
     only_on = "{% if enable_thinking %}{{ reasoning_effort }}{% endif %}" + dial_models.SWITCHED
     assert list(derive(only_on).levels) == every
+
+
+def test_a_servers_own_template_variables_are_the_default() -> None:
+    qwen, demand = (profile_of(*FAMILIES[family]) for family in ("Qwen", "on demand"))
+    assert preset(qwen, {"enable_thinking": False}).default == "off"
+    assert preset(demand, {"thinking": True}).default == "on"
+    for nothing in ({}, {"other": 1}, {"enable_thinking": None}):
+        assert preset(qwen, nothing) is qwen
+    silent = resolve(wish(), replace(dial("Qwen"), profile=preset(qwen, {"enable_thinking": False})))
+    assert silent.template_arguments == {"enable_thinking": False}, "vLLM's parser must know what the prompt says"
 
 
 def test_the_servers_own_markers_are_looked_for() -> None:
@@ -219,13 +231,13 @@ def test_a_model_tells_what_it_can() -> None:
             {"effort": "max", "budget": 5000},
         ],
         "budget": {"min": 0, "max": 5000},
-        "default": {"mode": "on", "effort": "high"},
+        "default": {"mode": "on", "effort": "high", "budget": 5000},
     }
     oss = can("gpt-oss-puzzle", default="low")
     assert (oss["can_disable"], oss["modes"]) == (False, ["on", "off"])
     assert oss["off"] == "short hidden reasoning, as the model always reasons"
     assert oss["budget"] == {"min": 1, "max": None}
-    assert oss["default"] == {"mode": "on", "effort": "low"}
+    assert oss["default"] == {"mode": "on", "effort": "low", "budget": None}
     assert [entry["effort"] for entry in oss["efforts"]] == ["low", "medium", "high"]
 
 
@@ -246,5 +258,28 @@ def test_the_switch_is_told_in_words() -> None:
         "by level": "effort none",
         "no switch": None,
     }
-    assert can("on demand")["default"] == {"mode": "off", "effort": None}
-    assert can("Qwen", default={"Qwen": "off"})["default"] == {"mode": "off", "effort": None}
+    assert can("on demand")["default"] == {"mode": "off", "effort": None, "budget": 0}
+    assert can("gpt-oss", default={"gpt-oss": "off"})["default"] == {"mode": "off", "effort": None, "budget": 512}
+
+
+def test_a_ceiling_of_0_leaves_off_alone() -> None:
+    told = can("Qwen", ceiling=0, budgets={"low": 5}, default="low")
+    assert (told["modes"], told["efforts"], told["budget"]) == (["off"], [], {"min": 0, "max": 0})
+    assert told["default"] == {"mode": "off", "effort": None, "budget": 0}
+
+
+def test_what_is_told_is_what_is_done() -> None:
+    """Every effort of every family, with and without a map: the budget told is the one that a request gets."""
+    for document in (
+        {},
+        {"budgets": {"low": 5, "max": -1}},
+        {"budgets": {"medium": 50}, "ceiling": 40, "default": "low"},
+    ):
+        for family in FAMILIES:
+            policy = read_policy(document, "test")
+            for entry in can(family, **document)["efforts"]:
+                done = resolve(wish(is_on=True, effort=entry["effort"]), dial(family, policy))
+                assert done.budget == entry["budget"], (family, entry)
+            silent, told = resolve(wish(), dial(family, policy)), can(family, **document)["default"]
+            assert told["mode"] == ("off" if silent.is_on is False else "on")
+            assert silent.is_on is False or told["budget"] == silent.budget

@@ -128,6 +128,14 @@ def test_a_lowered_budget_is_said() -> None:
     assert resolve(wish(), served).notes == ()
 
 
+def test_a_template_is_told_a_budget_that_somebody_asked_for_and_no_ceiling() -> None:
+    served = dial("3 Ultra", policy(ceiling=100, budgets={"high": 60}))
+    assert "reasoning_budget" not in resolve(wish(is_on=True), served).template_arguments
+    assert resolve(wish(is_on=True, effort="high"), served).template_arguments["reasoning_budget"] == 60
+    assert resolve(wish(is_on=True, budget=900), served).template_arguments["reasoning_budget"] == 100
+    assert "reasoning_budget" not in resolve(wish(is_on=True, budget=-1), served).template_arguments
+
+
 def test_text_beats_the_default_and_a_field_beats_text() -> None:
     served = dial("49B v1", policy(default="off"))
     assert resolve(wish(), served).is_on is False

@@ -91,6 +91,20 @@ def test_a_level_or_no_limit_leaves_the_model_its_own_length(client: openai.Open
     assert chat(client, FREE[name]) == chat(client, {})
 
 
+def chat_after(client: openai.OpenAI, line: str, knob: dict[str, Any]) -> tuple[str, str]:
+    messages: Any = [{"role": "system", "content": line}, *CHAT]
+    reply: Any = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, extra_body=knob)
+    return reply.choices[0].message.reasoning or "", reply.choices[0].message.content or ""
+
+
+def test_a_system_line_switches_and_a_field_beats_it(client: openai.OpenAI) -> None:
+    free, off = chat(client, {})[:2], chat(client, {"think": False})[:2]
+    assert chat_after(client, "detailed thinking off", {}) == off
+    assert chat_after(client, "detailed thinking off", {"think": True}) == free
+    assert chat_after(client, "detailed thinking on", {"reasoning_effort": "none"}) == off
+    assert chat_after(client, "detailed thinking off\ndetailed thinking on", {}) == free
+
+
 def test_a_hidden_thought_is_thought_all_the_same(client: openai.OpenAI) -> None:
     _, answer, tokens = chat(client, {})
     assert chat(client, {"reasoning": {"exclude": True}}) == ("", answer, tokens)

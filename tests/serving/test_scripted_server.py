@@ -30,6 +30,7 @@ CHAT, RESPONSES, MESSAGES, CONTROL = (
 )
 NUMBER = {"type": "integer", "minimum": 10, "maximum": 99}
 SCHEMA = {"response_format": {"type": "json_schema", "json_schema": {"name": "number", "schema": NUMBER}}}
+TEXT = {"type": "json_schema", "name": "number", "schema": NUMBER}
 LOOPS = {"repetition_detection": {"max_pattern_size": 4, "min_pattern_size": 2, "min_count": 3}}
 LONG = {"max_tokens": 3000}
 
@@ -60,7 +61,7 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "history, schema": (CHAT, {**said(*HISTORY), **SCHEMA}),
     "history, schema, responses": (
         RESPONSES,
-        {"input": said(*HISTORY)["messages"], "text": {"format": {"type": "json_schema", "name": "n", "schema": NUMBER}}},
+        {"input": said(*HISTORY)["messages"], "text": {"format": TEXT}},
     ),
     "omitted": (MESSAGES, {**said("hi"), "max_tokens": 2000, "thinking": OMITTED}),
     "between tools": (MESSAGES, {**said("hi"), "max_tokens": 99, "thinking": {"type": "between_tools"}}),

@@ -1,0 +1,123 @@
+"""The device kernel computes what the thinking machine computes: random batches, and machine code without spills.
+
+Without a GPU the kernel runs under Triton's interpreter, in one process of its own: Triton reads TRITON_INTERPRET when
+the kernel is defined, and this process may have defined it before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from vllm_puzzle.kernels import thinking_triton
+from vllm_puzzle.kernels.thinking import LoopRule, ThinkingLimits, ThinkingMarkers
+from vllm_puzzle.kernels.thinking_triton import Column, MarkerTables, state_row
+
+CASES = (
+    *(f"{name}{drafts}" for drafts in ("", ", drafts")
+      for name in ("single tokens", "phrase, boundaries, tools", "markers of several tokens", "nested markers")),
+    "a neighbour changes nothing",
+)  # fmt: skip
+Outcome = dict[str, tuple[int, int, list[str], list[str]]]
+
+
+def streams(device: str, steps: int) -> Outcome:
+    script = Path(__file__).parent / "thinking_streams.py"
+    environment = os.environ | ({"TRITON_INTERPRET": "1"} if device == "cpu" else {})
+    done = subprocess.run(
+        [sys.executable, "-P", str(script), device, str(steps)],
+        env=environment, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Outcome:
+    return streams("cpu", 10)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Outcome:
+    return streams("cuda", 2000)
+
+
+def check(outcome: Outcome, case: str) -> None:
+    steps, num_forced, differences, _ = outcome[case]
+    assert differences == []
+    assert steps >= 5 and num_forced >= 3, "the streams must reach forced tokens, or nothing was compared"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernel_forces_what_the_machine_forces_and_counts_the_same(interpreted: Outcome, case: str) -> None:
+    check(interpreted, case)
+
+
+def test_every_case_of_the_streams_is_looked_at_and_thoughts_ended_in_every_way(interpreted: Outcome) -> None:
+    assert set(interpreted) == set(CASES)
+    assert {reason for case in CASES for reason in interpreted[case][3]} == set(thinking_triton.REASONS) - {None}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_the_compiled_kernel_does_too(compiled: Outcome, case: str) -> None:
+    check(compiled, case)
+
+
+POINTERS = {"logits": "*fp32", "boundaries": "*i8"} | dict.fromkeys(
+    ("slots", "local_positions", "input_ids", "all_token_ids", "prompt_len", "total_len", "rows", "runs_ptr",
+     "table_ptr", "sizes_ptr", "queue"), "*i32",
+)  # fmt: skip
+NUMBERS = ("logits_stride", "num_rows", "all_token_ids_stride", "num_ends", "phrase_size", "queue_size", "vocab_size")
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((2, 1, 1), 1), ((4, 4, 8), 8), ((8, 8, 64), 16), ((16, 16, 256), 16)], ids=str
+)
+def test_it_compiles_for_hopper_without_spills(shape: tuple[int, int, int], rows: int, tmp_path: Path) -> None:
+    sizes = dict(zip("MLQ", shape, strict=True)) | {"ROW_SIZE": 32, "R": 64, "ROWS": rows, "BLOCK": 512}
+    signature = POINTERS | dict.fromkeys(NUMBERS, "i32") | dict.fromkeys(sizes, "constexpr")
+    names = thinking_triton._thinking_kernel.arg_names
+    source = triton.compiler.ASTSource(
+        thinking_triton._thinking_kernel, {name: signature[name] for name in names}, constexprs=sizes
+    )
+    program = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(program.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    report = subprocess.run([str(tool), "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
+    assert usage["STACK"] == usage["LOCAL"] == 0, report
+    assert usage["REG"] <= 128, report
+
+
+def test_tables_hold_the_markers_right_aligned() -> None:
+    markers = ThinkingMarkers((1,), ((2, 3, 4), (5,)), (5,), (6, 7), frozenset({8}), ((9, 1),))
+    tables = MarkerTables.build(markers, 11, torch.device("cpu"))
+    assert tables.table.tolist() == [[-1, -1, -1, 1], [-1, 2, 3, 4], [-1, -1, -1, 5], [-1, -1, 9, 1]]
+    assert tables.sizes.tolist() == [1, 3, 1, 2]
+    assert (tables.queue.tolist(), tables.phrase_size, tables.queue_size, tables.num_ends) == ([6, 7, 5, 0], 2, 3, 2)
+    assert tables.boundaries.nonzero().tolist() == [[8]]
+
+
+@pytest.mark.parametrize("where", ["start", "closing", "phrase", "boundaries"])
+def test_a_marker_beyond_the_vocabulary_is_refused(where: str) -> None:
+    tokens = {"start": (1,), "closing": (2,), "phrase": (), "boundaries": frozenset[int]()}
+    tokens |= {where: frozenset({11}) if where == "boundaries" else (11,)}
+    with pytest.raises(ValueError, match=r"found the token ids \[11\], allowed: 0 to 10"):
+        MarkerTables.build(ThinkingMarkers(ends=((2,),), **tokens), 11, torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_numbers_beyond_32_bits_are_the_largest_that_fit() -> None:
+    row = state_row(ThinkingLimits(2**40, 2**35, LoopRule(1, 64, 2**33)))
+    assert row[Column.BUDGET] == row[Column.GRACE] == 2**31 - 1
+    assert row[Column.COUNT] * 64 < 2**31
+    assert state_row(None)[Column.IS_TRACKED] == 0
