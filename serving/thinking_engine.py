@@ -63,16 +63,24 @@ class ThinkingServer:
         return ThinkingLimits(done.budget, done.grace, _loop_rule(params, done.loop))
 
     async def end_thinking(self, request_id: str) -> bool:
-        """End the open thoughts of a running request; False when it has ended before the engine could be told."""
-        while request_id in self.watches.running:
+        """End the open thoughts of a running request; False when it has ended before the engine could be told.
+
+        A sequence that waits for its turn is asked for again, until each has been told.
+        """
+        told: set[str] = set()
+        while (watch := self.watches.running.get(request_id)) is not None:
             internal = vllm_compat.internal_request_ids(self.engine_client, request_id)
-            if internal:
-                answers = await self.engine_client.collective_rpc("puzzle_end_thinking", args=(internal,))
-                if any(answers):
-                    self.watches.running[request_id].end_by_user()
-                    return True
-            await asyncio.sleep(RETRY_S)  # it waits for its turn: ask again
-        return False
+            left = [name for name in internal if name not in told]
+            if left:
+                before = watch.without_thought()
+                answers = await self.engine_client.collective_rpc("puzzle_end_thinking", args=(left,))
+                if found := {name for answer in answers for name in answer}:
+                    watch.end_by_user(before)
+                    told |= found
+            if told and told >= set(internal):
+                break
+            await asyncio.sleep(RETRY_S)
+        return bool(told)
 
 
 def limits_alone(budget: int | None, policy: ReasoningPolicy) -> Effective:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +96,7 @@ class RequestWatch:
     on_finish: Callable[[SequenceWatch], None] | None = None
     sequences: dict[int, SequenceWatch] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
+    is_ended_by_user: bool = False  # before its first token
 
     def observe(self, index: int, prompt: Sequence[int] | None, tokens: Sequence[int], reason: str | None) -> None:
         """One step of one sequence."""
@@ -103,7 +104,10 @@ class RequestWatch:
         if sequence is None:
             machine = ThinkingMachine.after_prompt(self.markers, self.limits, prompt)
             sequence = self.sequences[index] = SequenceWatch(
-                machine, is_off=self.is_off, counts=[] if self.keeps_counts else None
+                machine,
+                is_off=self.is_off,
+                is_ended_by_user=self.is_ended_by_user,
+                counts=[] if self.keeps_counts else None,
             )
         if tokens:
             sequence.feed(tokens, time.monotonic() - self.began)
@@ -112,11 +116,19 @@ class RequestWatch:
             if self.on_finish is not None:
                 self.on_finish(sequence)
 
-    def end_by_user(self) -> None:
-        """The sampler has been told to end the open thoughts. Tokens of steps before may still be on their way here,
-        so the machine is not told: the end that comes is the one asked for."""
-        for sequence in self.sequences.values():
-            sequence.is_ended_by_user |= sequence.machine.mode == THINKING
+    def without_thought(self) -> set[int]:
+        """The sequences that have begun and are not thinking."""
+        return {index for index, sequence in self.sequences.items() if sequence.machine.mode != THINKING}
+
+    def end_by_user(self, without_thought: Collection[int] = ()) -> None:
+        """The sampler has ended the open thoughts; `without_thought` had none before it was told.
+
+        Tokens of steps before may still be on their way here, or the end itself may have come before the sampler's
+        answer, so the machine is not told: the end that comes, or came, is the one asked for.
+        """
+        self.is_ended_by_user = True
+        for index, sequence in self.sequences.items():
+            sequence.is_ended_by_user |= index not in without_thought or sequence.machine.mode == THINKING
 
 
 class Watches:

@@ -82,10 +82,13 @@ def test_a_thought_that_was_switched_off_or_ended_by_a_user_says_so() -> None:
     watch = RequestWatch(MARKERS, ThinkingLimits())
     watch.observe(0, PROMPT, [5], None)
     watch.observe(1, PROMPT, [5, SHUT], None)
-    watch.end_by_user()
-    for index in (0, 1):
+    watch.observe(2, PROMPT, [5], None)
+    before = watch.without_thought()
+    watch.observe(2, PROMPT, [SHUT], None)  # the end is here before the sampler's answer
+    watch.end_by_user(before)
+    for index in range(4):  # the last one begins only now
         watch.observe(index, PROMPT, [6, SHUT, 7], "stop")
-    assert [watch.sequences[index].end_reason for index in (0, 1)] == ["user", "natural"]
+    assert [watch.sequences[index].end_reason for index in range(4)] == ["user", "natural", "user", "user"]
 
 
 def test_counts_along_the_way_are_those_of_the_tokens_so_far() -> None:
@@ -116,7 +119,8 @@ class Engine:
     """An engine client whose requests yield two outputs, and whose workers answer as told."""
 
     def __init__(self, answers: list[list[str]]) -> None:
-        self.answers, self.closed, self.asked = answers, False, 0
+        self.answers, self.closed = answers, False
+        self.asked: list[list[str]] = []
         self.output_processor = SimpleNamespace(external_req_ids={"r": ["r-1", "r-2"]})
         self.seen: dict[str, Any] = {}
 
@@ -129,8 +133,8 @@ class Engine:
             self.closed = True
 
     async def collective_rpc(self, name: str, args: tuple[list[str]]) -> list[list[str]]:
-        assert (name, args) == ("puzzle_end_thinking", (["r-1", "r-2"],))
-        self.asked += 1
+        assert name == "puzzle_end_thinking"
+        self.asked.append(args[0])
         return [self.answers.pop(0)]
 
 
@@ -150,15 +154,16 @@ def test_a_request_is_known_while_it_runs_and_a_caller_that_leaves_ends_it() -> 
 
 
 def test_a_waiting_request_is_asked_for_until_it_runs_or_is_gone() -> None:
-    async def ends(answers: list[list[str]], is_running: bool) -> tuple[bool, int]:
+    async def ends(answers: list[list[str]], is_running: bool) -> tuple[bool, list[list[str]]]:
         engine = Engine(answers)
         known = ThinkingServer(engine, MARKERS)
         if is_running:
             known.begin(params(), "r", Turn(""))
         return await known.end_thinking("r"), engine.asked
 
-    assert asyncio.run(ends([[], [], ["r-2"]], True)) == (True, 3)
-    assert asyncio.run(ends([], False)) == (False, 0)
+    both = ["r-1", "r-2"]
+    assert asyncio.run(ends([[], ["r-2"], [], ["r-1"]], True)) == (True, [both, both, ["r-1"], ["r-1"]])
+    assert asyncio.run(ends([], False)) == (False, [])
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, True), ({"reasoning_ended": False}, False)])
