@@ -34,10 +34,10 @@ PLANS: list[dict[str, Any] | None] = [
     {"budget": 1000, "grace": 0, "loop": None},
 ]
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
-ENGINES: dict[str, dict[str, Any]] = {
+ENGINES: dict[str, dict[str, Any]] = {  # the last one also cuts prompts into chunks
     "plain": {"max_num_seqs": 7},
     "drafts": {"max_num_seqs": 7, "speculative_config": DRAFTS},
-    "preempted": {"max_num_seqs": 7, "block_size": 16, "num_gpu_blocks_override": 22},
+    "preempted": {"max_num_seqs": 7, "block_size": 16, "num_gpu_blocks_override": 22, "max_num_batched_tokens": 32},
 }
 
 

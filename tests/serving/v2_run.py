@@ -32,13 +32,16 @@ def prepare(runner: str) -> None:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
+    import torch
     from vllm import LLM, SamplingParams
     from vllm_puzzle.serving import vllm_compat
 
     vllm_compat.enforce_thinking_budgets_v2()
+    # CUDA graphs where there are any; several engines share one card.
+    device = {"gpu_memory_utilization": 0.15} if torch.cuda.is_available() else {"enforce_eager": True}
     engine = LLM(
-        dtype="float32", enforce_eager=True, max_model_len=160, reasoning_parser="nemotron_v3",
-        enable_prefix_caching=False, disable_log_stats=False, **job["llm"],
+        dtype="float32", max_model_len=160, reasoning_parser="nemotron_v3",
+        enable_prefix_caching=False, disable_log_stats=False, **device, **job["llm"],
     )  # fmt: skip
     if "markers" in job:
         engine.collective_rpc("puzzle_set_markers", args=(job["markers"],))
