@@ -9,10 +9,12 @@ vLLM loads it only when VLLM_PLUGINS names it; `vllm-puzzle serve` does.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from vllm_puzzle.kernels.thinking import ThinkingMarkers
 from vllm_puzzle.serving import vllm_compat
+from vllm_puzzle.serving.consistent_parser import consistent
 from vllm_puzzle.serving.dial.capabilities import capabilities
 from vllm_puzzle.serving.dial.derive import preset
 from vllm_puzzle.serving.dial.middleware import DialMiddleware
@@ -53,11 +55,25 @@ class ReasoningPlugin:
         state.puzzle_thinking = server
         state.puzzle_capabilities = lambda name: capabilities(dial.profile, dial.policy, name, dial.has_budget)
         for handler in vllm_compat.handlers(state):  # of every path, known here or not: the ceiling holds on all
-            handler.engine_client = WatchedEngine(handler.engine_client, server)
+            make_parser = use_consistent_parser(handler, markers, getattr(engine_client.renderer, "tokenizer", None))
+            handler.engine_client = WatchedEngine(handler.engine_client, server, make_parser)
         for name, method, apply in HANDLERS:
             handler = getattr(state, name, None)
             if handler is not None:
                 setattr(handler, method, _wrap(handler, getattr(handler, method), apply, dial))
+
+
+def use_consistent_parser(handler: Any, markers: ThinkingMarkers | None, tokenizer: Any) -> Any:
+    """Replace the class of the parsers that this handler makes (chat and messages: parser_cls; responses: parser).
+
+    Returns a maker of such parsers from vLLM's own arguments for them; None where nothing is replaced.
+    """
+    for name in ("parser_cls", "parser"):
+        parser_cls = getattr(handler, name, None)
+        if (ours := consistent(parser_cls, markers, tokenizer)) is not parser_cls:
+            setattr(handler, name, ours)
+            return partial(ours, tokenizer, None)
+    return None
 
 
 def model_dial(engine_client: Any, args: Any) -> tuple[ThinkingMarkers | None, ModelDial]:

@@ -38,7 +38,7 @@ async def control(request: Request) -> JSONResponse:
     raw = await _read(request)
     try:
         body: Any = await request.json() if raw is not None else None
-    except ValueError:
+    except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict) or not isinstance(body.get("id"), str):
         return _refused(400, f"body: found no object with a string `id`, allowed: id and action, {MAX_CONTROL_BYTES} B")

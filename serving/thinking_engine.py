@@ -35,7 +35,8 @@ class ThinkingServer:
 
     def begin(self, params: Any, request_id: str, turn: Turn) -> RequestWatch | None:
         """Write the plan into the sampling parameters, in place, and start to watch. None without markers."""
-        params.extra_args = {key: value for key, value in (params.extra_args or {}).items() if key != PLAN_KEY} or None
+        own = {key: value for key, value in (params.extra_args or {}).items() if not key.startswith(PLAN_KEY)}
+        params.extra_args = own or None  # a client's own plan is none
         if self.markers is None or not turn.is_followed:
             return None
         limits = self._limits(params, turn)
@@ -93,12 +94,22 @@ def _loop_rule(params: Any, rule: LoopRule | None) -> LoopRule | None:
     return own
 
 
-class WatchedEngine:
-    """vLLM's engine client with another `generate`; every other attribute is the client's own."""
+def _token_ids(prompt: Any) -> list[int] | None:
+    return prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
 
-    def __init__(self, engine_client: Any, server: ThinkingServer) -> None:
+
+class WatchedEngine:
+    """vLLM's engine client with another `generate`; every other attribute is the client's own.
+
+    make_parser: makes the parser of one request, from what vLLM passes on for it (`reasoning_parser_kwargs`).
+    """
+
+    def __init__(
+        self, engine_client: Any, server: ThinkingServer, make_parser: Callable[..., Any] | None = None
+    ) -> None:
         self._puzzle_client = engine_client
         self._puzzle_server = server
+        self._puzzle_parser = make_parser
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._puzzle_client, name)
@@ -108,6 +119,11 @@ class WatchedEngine:
         turn = TURN.get() or Turn("")
         turn.names = self._puzzle_server.policy.names
         watch = self._puzzle_server.begin(sampling_params, request_id, turn)
+        # Where a grammar starts: the Responses API leaves it to the engine, whose parser takes an earlier turn's end
+        # for this turn's.
+        parser_kwargs, ids = kwargs.get("reasoning_parser_kwargs"), _token_ids(prompt)
+        if self._puzzle_parser is not None and kwargs.get("reasoning_ended") is None and parser_kwargs and ids:
+            kwargs["reasoning_ended"] = self._puzzle_parser(**parser_kwargs).is_reasoning_end(ids)
         outputs = self._puzzle_client.generate(prompt, sampling_params, request_id, *args, **kwargs)
         return outputs if watch is None else self._watched(outputs, request_id)
 

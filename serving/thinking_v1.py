@@ -19,6 +19,9 @@ from vllm_puzzle.serving.thinking_plan import limits_of, markers_of
 # Above any logit that a model can give; vLLM's own number.
 FORCED_LOGIT = 1e9
 PLACEHOLDER = -1
+# `extra_args` key: how many tokens a request had when a user ended its thought. vLLM takes a request out of the batch
+# when it is preempted or left out of a step, and what is to happen must come back with it.
+CLOSED_KEY = "puzzle_thinking_closed_at"
 
 
 @dataclass(slots=True)
@@ -39,19 +42,19 @@ class Row:
         new = output[self.num_fed :]
         if PLACEHOLDER in new:  # not sampled yet, or taken back by the rejection of drafts
             new = new[: new.index(PLACEHOLDER)]
-        if self.closed_at is not None and self.num_fed <= self.closed_at < self.num_fed + len(new):
+        if self.closed_at is not None and self.num_fed <= self.closed_at <= self.num_fed + len(new):
             before = self.closed_at - self.num_fed
             self.machine.feed(new[:before])
-            self.machine.close(USER)
+            self.machine.close(USER)  # nothing if it is closing already
             new, self.num_fed = new[before:], self.closed_at
         self.machine.feed(new)
         self.num_fed += len(new)
         self.forced = self.machine.forced_along(drafts) if drafts else [self.machine.forced]
 
-    def close(self) -> None:
-        """End the open thought from the next token on."""
-        self.closed_at = self.num_fed
-        self.machine.close(USER)
+    def close(self, markers: ThinkingMarkers, output: Sequence[int]) -> None:
+        """End the open thought after the response so far; tokens under way (placeholders) belong to it."""
+        self.closed_at = len(output)
+        self.follow(markers, output, ())
 
 
 class ThinkingHolder:
@@ -74,9 +77,9 @@ class ThinkingHolder:
             self.rows.pop(index, None)
         for index, params, prompt, output in batch_update.added:
             self.rows.pop(index, None)
-            limits = limits_or_none(params)
-            if limits is not None and self.markers is not None:
-                self.track(index, limits, prompt, output)
+            limits, closed_at = limits_or_none(params), (params.extra_args or {}).get(CLOSED_KEY)
+            if self.markers is not None and (limits is not None or closed_at is not None):
+                self.track(index, limits or ThinkingLimits(), prompt, output, closed_at)
         for source, target, direction in batch_update.moved:
             moved, other = self.rows.pop(source, None), self.rows.pop(target, None)
             if moved is not None:
@@ -84,10 +87,18 @@ class ThinkingHolder:
             if other is not None and direction.name == "SWAP":
                 self.rows[source] = other
 
-    def track(self, index: int, limits: ThinkingLimits, prompt: Sequence[int] | None, output: Sequence[int]) -> Row:
+    def track(
+        self,
+        index: int,
+        limits: ThinkingLimits,
+        prompt: Sequence[int] | None,
+        output: Sequence[int],
+        closed_at: int | None = None,
+    ) -> Row:
         """Follow the request in this row from now on, from its tokens so far. Needs markers."""
         assert self.markers is not None
-        row = self.rows[index] = Row(limits, prompt, ThinkingMachine.after_prompt(self.markers, limits, prompt))
+        machine = ThinkingMachine.after_prompt(self.markers, limits, prompt)
+        row = self.rows[index] = Row(limits, prompt, machine, closed_at=closed_at)
         row.follow(self.markers, output, ())
         return row
 

@@ -6,12 +6,13 @@ batch, the V2 runner its tensors in the sampler.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 from vllm_puzzle.kernels.thinking import ThinkingLimits
 from vllm_puzzle.serving import vllm_compat
 from vllm_puzzle.serving.thinking_plan import markers_from_wire
-from vllm_puzzle.serving.thinking_v1 import limits_or_none
+from vllm_puzzle.serving.thinking_v1 import CLOSED_KEY, limits_or_none
 
 
 def set_markers(worker: Any, wire: dict[str, Any]) -> None:
@@ -45,11 +46,14 @@ def _end_v1(batch: Any, requests: dict[str, Any], request_id: str) -> bool:
         return False
     request = requests[request_id]
     row = holder.rows.get(index)
+    is_new = row is None
     if row is None:
         limits = limits_or_none(request.sampling_params) or ThinkingLimits()
         row = holder.track(index, limits, request.prompt_token_ids, request.output_token_ids)
-        row.close()
+    row.close(holder.markers, request.output_token_ids)
+    params = copy(request.sampling_params)  # n sequences of one request may share theirs
+    params.extra_args = {**(params.extra_args or {}), CLOSED_KEY: row.closed_at}
+    request.sampling_params = params
+    if is_new:
         vllm_compat.refresh_sampling(batch)
-    else:
-        row.close()
     return True

@@ -315,12 +315,31 @@ def enforce_thinking_budgets() -> None:
 
     def make(*args: Any, **kwargs: Any) -> Any:
         add_worker_methods()
+        spread_temperatures_on_cpu()
         return make_holder(*args, **kwargs)
 
     thinking_budget_state.maybe_create_thinking_budget_state_holder = make
     # A forked engine has imported the batch, and the name with it, before.
     if (module := sys.modules.get("vllm.v1.worker.gpu_input_batch")) is not None:
         module.maybe_create_thinking_budget_state_holder = make  # type: ignore[attr-defined]
+
+
+def spread_temperatures_on_cpu() -> None:
+    """Give each draft its request's temperature, top-k and top-p in vLLM's CPU build. Repeatable; called in a worker,
+    which samples."""
+    import torch
+    from vllm.platforms import current_platform
+    from vllm.v1.sample import rejection_sampler
+
+    def expand(
+        x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+    ) -> torch.Tensor:
+        counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+        values = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
+        return values.repeat_interleave(counts, output_size=num_tokens)
+
+    if current_platform.is_cpu():
+        rejection_sampler.expand_batch_to_tokens = expand
 
 
 def enforce_thinking_budgets_v2() -> None:

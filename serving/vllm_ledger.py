@@ -186,6 +186,15 @@ LEDGER = (
         remove_when="vLLM's own budget has these semantics, or a hook stands last in the sampler",
     ),
     LedgerEntry(
+        target="vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
+        why="the CPU build writes the drafts' temperatures into an integer copy and divides the logits by what was in "
+        "memory: with speculative decoding and one request that is not greedy, every request of the batch gets wrong "
+        "tokens",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/utils/cpu_triton_utils.py "
+        "(_expand_kernel_impl)",
+        remove_when="the CPU operator takes floating-point values",
+    ),
+    LedgerEntry(
         target="vllm.v1.worker.gpu.sample.sampler:ThinkingBudgetState",
         why="the same in the V2 runner: its budget is a fresh one for each block and knows one end. Ours "
         "(serving/thinking_v2.py) has its interface and reads RequestState and LogitsContext as it does",
@@ -235,6 +244,13 @@ LEDGER = (
         "counts by phase and times of the first thinking and answer token",
         upstream="https://github.com/vllm-project/vllm/issues/54829 (timing by phase)",
         remove_when="vLLM reports both",
+    ),
+    LedgerEntry(
+        target="vllm.parser.abstract_parser:DelegatingParser",
+        why="base of serving/consistent_parser.py: a whole reply is parsed without a look at the prompt, a stream with "
+        "one, so that an answer after a thought closed by the prompt comes back as the thought",
+        upstream="https://github.com/vllm-project/vllm/issues/19222 (also 19017, 30139)",
+        remove_when="both ways of parsing start from the prompt's state, and a turn is judged without earlier ones",
     ),
     LedgerEntry(
         target="vllm.v1.engine.async_llm:AsyncLLM.generate",

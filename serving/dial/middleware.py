@@ -146,6 +146,8 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
         body = json.loads(raw)
     except ValueError:
         return None
+    except RecursionError:  # which the server's own parser would not survive either
+        raise RequestError("body: found JSON nested too deep, allowed: some hundred levels", "body") from None
     return body if isinstance(body, dict) else None
 
 

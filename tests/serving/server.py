@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,14 +29,19 @@ def command(*arguments: str) -> list[str]:
 
 
 @contextmanager
-def running(log: Path, *arguments: str) -> Iterator[str]:
-    """Yield the URL of a server started with `vllm-puzzle serve` and these arguments; its output goes to `log`."""
+def running(log: Path, *arguments: str, program: Sequence[str] | None = None) -> Iterator[str]:
+    """Yield the URL of a server started with `vllm-puzzle serve` (or `program`) and these arguments; its output goes to
+    `log`.
+    """
     port = free_port()
     # What the suite sets for itself must not help `serve`: it has to need no variable.
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "VLLM_", "KMP_"))}
     with log.open("w") as output:
         process = subprocess.Popen(
-            command("serve", *arguments, "--port", str(port)), env=environment, stdout=output, stderr=subprocess.STDOUT
+            [*(program or command("serve")), *arguments, "--port", str(port)],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
         try:
             _wait(process, f"http://127.0.0.1:{port}/health", log)
