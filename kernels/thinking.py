@@ -24,7 +24,8 @@ class ThinkingMarkers:
 
     start: opens a thought. ends: each of them closes it, written by the model. closing: what is forced in their place,
     a marker too. phrase: forced before it, part of the thought and of its budget. boundaries: tokens after which a
-    thought may be cut (line or sentence ends). tool_starts: each opens a tool call, which ends a thought.
+    thought may be cut (line or sentence ends). tool_starts: each opens a tool call, which ends a thought. other_starts:
+    other spellings of `start`, where it is no token of its own.
     """
 
     start: Tokens
@@ -33,13 +34,20 @@ class ThinkingMarkers:
     phrase: Tokens = ()
     boundaries: frozenset[int] = frozenset()
     tool_starts: tuple[Tokens, ...] = ()
+    other_starts: tuple[Tokens, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, marker in (("start", self.start), ("closing", self.closing), *(("ends", end) for end in self.ends)):
+        lists = {"start": self.starts, "closing": (self.closing,), "ends": self.ends, "tool_starts": self.tool_starts}
+        for name, marker in ((name, marker) for name, markers in lists.items() for marker in markers):
             if not marker:
                 raise ValueError(f"thinking markers, key `{name}`: found no token, allowed: at least one")
         if not self.ends:
             raise ValueError("thinking markers, key `ends`: found none, allowed: at least one")
+
+    @property
+    def starts(self) -> tuple[Tokens, ...]:
+        """Every spelling of the start."""
+        return (self.start, *self.other_starts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +80,7 @@ class ThinkingLimits:
 
 def opens_thought(markers: ThinkingMarkers, prompt: Sequence[int]) -> bool:
     """Whether the last marker in the prompt opens a thought."""
-    start = _last(prompt, markers.start)
+    start = max(_last(prompt, marker) for marker in markers.starts)
     return start >= 0 and start > max(_last(prompt, end) for end in markers.ends)
 
 
@@ -118,7 +126,7 @@ class ThinkingMachine:
 
     def __post_init__(self) -> None:
         markers, loop = self.markers, self.limits.loop
-        sizes = [len(marker) for marker in (markers.start, *markers.ends, *markers.tool_starts)]
+        sizes = [len(marker) for marker in (*markers.starts, *markers.ends, *markers.tool_starts)]
         # How many last tokens the rules look at.
         self._memory = max(*sizes, len(markers.phrase) + len(markers.closing), loop.max_pattern + 1 if loop else 0)
 
@@ -169,11 +177,12 @@ class ThinkingMachine:
         self._check_limits(None)
 
     def _answer(self, token: int) -> None:
-        start = self.markers.start
         self._remember(token)
-        if token == start[-1] and _ends_with(self._tail, start):
-            self.num_markers += len(start)
-            self._open()
+        for start in self.markers.starts:
+            if token == start[-1] and _ends_with(self._tail, start):
+                self.num_markers += len(start)
+                self._open()
+                return
 
     def _think(self, token: int) -> None:
         self._remember(token)

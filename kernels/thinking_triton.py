@@ -70,7 +70,7 @@ def state_row(limits: ThinkingLimits | None) -> list[int]:
 class MarkerTables:
     """One server's markers on the device.
 
-    table: int32 [M, L], one marker a row (start, ends, tool starts), right-aligned, -1 where any token will do, -2 in
+    table: int32 [M, L], one marker a row (starts, ends, tool starts), right-aligned, -1 where any token will do, -2 in
     rows of no marker. sizes: int32 [M]. queue: int32 [Q], phrase + closing. boundaries: int8 [vocab_size].
     M, L and Q are powers of two.
     """
@@ -79,6 +79,7 @@ class MarkerTables:
     sizes: torch.Tensor
     queue: torch.Tensor
     boundaries: torch.Tensor
+    num_starts: int
     num_ends: int
     phrase_size: int
     queue_size: int
@@ -86,7 +87,7 @@ class MarkerTables:
     @classmethod
     def build(cls, markers: ThinkingMarkers, vocab_size: int, device: torch.device) -> MarkerTables:
         """Tables for a vocabulary of `vocab_size`; ValueError when a marker names a token beyond it."""
-        rows = (markers.start, *markers.ends, *markers.tool_starts)
+        rows = (*markers.starts, *markers.ends, *markers.tool_starts)
         queue = markers.phrase + markers.closing
         beyond = sorted({t for row in (*rows, queue, markers.boundaries) for t in row if not 0 <= t < vocab_size})
         if beyond:
@@ -103,7 +104,7 @@ class MarkerTables:
         boundaries[sorted(markers.boundaries)] = 1
         return cls(
             table.to(device), sizes.to(device), padded.to(device), boundaries.to(device),
-            len(markers.ends), len(markers.phrase), len(queue),
+            len(markers.starts), len(markers.ends), len(markers.phrase), len(queue),
         )  # fmt: skip
 
 
@@ -133,7 +134,7 @@ def launch_thinking(
         logits, logits.stride(0), slots, local_positions, input_ids, logits.shape[0],
         all_token_ids, all_token_ids.stride(0), prompt_len, total_len, rows, runs,
         tables.table, tables.sizes, tables.queue, tables.boundaries,
-        tables.num_ends, tables.phrase_size, tables.queue_size, tables.boundaries.shape[0],
+        tables.num_starts, tables.num_ends, tables.phrase_size, tables.queue_size, tables.boundaries.shape[0],
         ROW_SIZE=ROW_SIZE, M=tables.table.shape[0], L=tables.table.shape[1], Q=tables.queue.shape[0],
         R=runs.shape[1], ROWS=triton.next_power_of_2(max_rows), BLOCK=SCAN_BLOCK, num_warps=1,
     )  # fmt: skip
@@ -166,7 +167,7 @@ def _tokens_at(positions, is_valid, history, drafts, total):
 
 
 @triton.jit
-def _opens_thought(history, prompt_size, table, sizes, num_ends, L: tl.constexpr, BLOCK: tl.constexpr):
+def _opens_thought(history, prompt_size, table, sizes, num_starts, num_ends, L: tl.constexpr, BLOCK: tl.constexpr):
     """Whether the last marker in the prompt is the start. Backwards by blocks, as far as the first with a marker."""
     high = prompt_size
     start = -1
@@ -174,15 +175,15 @@ def _opens_thought(history, prompt_size, table, sizes, num_ends, L: tl.constexpr
     while (high > 0) & (start < 0) & (end < 0):
         low = tl.maximum(high - BLOCK, 0)
         places = low + tl.arange(0, BLOCK)
-        for marker in tl.range(0, num_ends + 1):
+        for marker in tl.range(0, num_starts + num_ends):
             size = tl.load(sizes + marker)
             same = (places < high) & (places + size <= prompt_size)
             for index in tl.range(0, size):
                 expected = tl.load(table + marker * L + L - size + index)
                 same = same & (tl.load(history + places + index, mask=same, other=_NO_TOKEN) == expected)
             last = tl.max(tl.where(same, places, -1), axis=0)
-            start = tl.where(marker == 0, last, start)
-            end = tl.where(marker == 0, end, tl.maximum(end, last))
+            start = tl.where(marker < num_starts, tl.maximum(start, last), start)
+            end = tl.where(marker < num_starts, end, tl.maximum(end, last))
         high = low
     return start > end
 
@@ -216,6 +217,7 @@ def _count_rows(row, slot, slots, local_positions, num_rows, ROWS: tl.constexpr)
         "logits_stride",
         "num_rows",
         "all_token_ids_stride",
+        "num_starts",
         "num_ends",
         "phrase_size",
         "queue_size",
@@ -234,7 +236,7 @@ def _count_rows(row, slot, slots, local_positions, num_rows, ROWS: tl.constexpr)
 def _thinking_kernel(
     logits, logits_stride, slots, local_positions, input_ids, num_rows,
     all_token_ids, all_token_ids_stride, prompt_len, total_len, rows, runs_ptr,
-    table_ptr, sizes_ptr, queue, boundaries, num_ends, phrase_size, queue_size, vocab_size,
+    table_ptr, sizes_ptr, queue, boundaries, num_starts, num_ends, phrase_size, queue_size, vocab_size,
     ROW_SIZE: tl.constexpr, M: tl.constexpr, L: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -252,24 +254,25 @@ def _thinking_kernel(
     is_opened = False
     if scanned < 0:
         scanned = tl.load(prompt_len + slot).to(tl.int32)
-        is_opened = _opens_thought(history, scanned, table_ptr, sizes_ptr, num_ends, L, BLOCK)
+        is_opened = _opens_thought(history, scanned, table_ptr, sizes_ptr, num_starts, num_ends, L, BLOCK)
     _follow(
         scanned, is_opened, total, num_own, history, drafts, state, runs_ptr + slot * R,
         logits + row.to(tl.int64) * logits_stride, logits_stride,
-        table_ptr, sizes_ptr, queue, boundaries, num_ends, phrase_size, queue_size, vocab_size, M, L, Q, R,
+        table_ptr, sizes_ptr, queue, boundaries, num_starts, num_ends, phrase_size, queue_size, vocab_size, M, L, Q, R,
     )  # fmt: skip
 
 
 @triton.jit
 def _feed(
     token, is_fed, is_opened, is_hit, sizes, mode, forced, offset, position, why, reason,
-    num_thinking, num_markers, num_blocks, tail_size, num_ends, phrase_size, queue_size, M: tl.constexpr,
+    num_thinking, num_markers, num_blocks, tail_size, num_starts, num_ends, phrase_size, queue_size, M: tl.constexpr,
 ):  # fmt: skip
     """The state after one token, before limits are looked at: `_answer`, `_think`, `_close`, `_leave` and `_open`."""
     marker = tl.arange(0, M)
-    first = tl.min(tl.where((is_hit > 0) & (marker > 0), marker, M), axis=0)
-    starts = tl.sum(tl.where(marker == 0, is_hit, 0), axis=0) > 0
-    start_size = tl.sum(tl.where(marker == 0, sizes, 0), axis=0)
+    first = tl.min(tl.where((is_hit > 0) & (marker >= num_starts), marker, M), axis=0)
+    first_start = tl.min(tl.where((is_hit > 0) & (marker < num_starts), marker, M), axis=0)
+    starts = first_start < M
+    start_size = tl.sum(tl.where(marker == first_start, sizes, 0), axis=0)
     tail_size += is_fed.to(tl.int32)
 
     follows = is_fed & (mode == _CLOSING) & (token == forced)
@@ -277,7 +280,7 @@ def _feed(
     position += follows.to(tl.int32)
     is_closed = follows & (offset + position == queue_size)
     is_left = thinks & (first < M)
-    is_call = is_left & (first > num_ends)
+    is_call = is_left & (first >= num_starts + num_ends)
     opens = (is_fed & (mode == _OUTSIDE) & starts) | is_opened
 
     size = tl.sum(tl.where(marker == first, sizes, 0), axis=0)
@@ -322,7 +325,7 @@ def _judge(
 @triton.jit
 def _follow(
     scanned, is_opened, total, num_own, history, drafts, state, own_runs, own_logits, logits_stride,
-    table_ptr, sizes_ptr, queue, boundaries, num_ends, phrase_size, queue_size, vocab_size,
+    table_ptr, sizes_ptr, queue, boundaries, num_starts, num_ends, phrase_size, queue_size, vocab_size,
     M: tl.constexpr, L: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """One request's tokens from `scanned` on, then its drafts."""
@@ -351,7 +354,7 @@ def _follow(
         num_tokens += is_fed.to(tl.int32)
         mode, position, reason, num_thinking, num_markers, num_blocks, tail_size, opens, goes_on = _feed(
             token, is_fed, (stop == scanned) & is_opened, is_hit, sizes, mode, forced, offset, position, why, reason,
-            num_thinking, num_markers, num_blocks, tail_size, num_ends, phrase_size, queue_size, M,
+            num_thinking, num_markers, num_blocks, tail_size, num_starts, num_ends, phrase_size, queue_size, M,
         )  # fmt: skip
         runs = tl.where(opens, 0, runs)
         forces, runs = _judge(

@@ -31,6 +31,7 @@ def register() -> None:
     vllm_compat.end_harmony_turns_at_calls()
     vllm_compat.use_fewest_kv_cache_pages()
     vllm_compat.enforce_thinking_budgets()
+    vllm_compat.enforce_thinking_budgets_v2()
     for config_class in CONFIGS:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for name in _served_names():

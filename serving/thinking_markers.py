@@ -42,13 +42,15 @@ def make_markers(
     elif phrase is None:
         phrase = profile.phrase
     closing_tokens = encode(tokenizer, closing)
+    own_start, *other_starts = spellings(tokenizer, start)
     return ThinkingMarkers(
-        start=spellings(tokenizer, start)[0],
+        start=own_start,
         ends=spellings(tokenizer, end),
         closing=closing_tokens,
         phrase=_phrase(tokenizer, phrase, closing, closing_tokens),
         boundaries=boundaries(tokenizer),
         tool_starts=spellings(tokenizer, profile.tool_start) if profile.tool_start else (),
+        other_starts=tuple(other_starts),
     )
 
 

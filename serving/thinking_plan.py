@@ -80,12 +80,13 @@ def markers_to_wire(markers: ThinkingMarkers) -> dict[str, Any]:
         "phrase": list(markers.phrase),
         "boundaries": sorted(markers.boundaries),
         "tool_starts": [list(start) for start in markers.tool_starts],
+        "other_starts": [list(start) for start in markers.other_starts],
     }
 
 
 def markers_from_wire(wire: Mapping[str, Any]) -> ThinkingMarkers:
     """The markers that `markers_to_wire` wrote; ValueError when a key is missing, unknown or holds no tokens."""
-    wanted = {"start", "ends", "closing", "phrase", "boundaries", "tool_starts"}
+    wanted = {"start", "ends", "closing", "phrase", "boundaries", "tool_starts", "other_starts"}
     if set(wire) != wanted:
         raise ValueError(f"thinking markers: found the keys {sorted(wire)}, allowed: {sorted(wanted)}")
     return ThinkingMarkers(
@@ -95,6 +96,7 @@ def markers_from_wire(wire: Mapping[str, Any]) -> ThinkingMarkers:
         phrase=_tokens("phrase", wire["phrase"]),
         boundaries=frozenset(_tokens("boundaries", wire["boundaries"])),
         tool_starts=tuple(_tokens("tool_starts", start) for start in wire["tool_starts"]),
+        other_starts=tuple(_tokens("other_starts", start) for start in wire["other_starts"]),
     )
 
 

@@ -355,6 +355,37 @@ def enforce_thinking_budgets_v2() -> None:
     when_imported("vllm.v1.worker.gpu.sample.sampler", use_device_budgets)
 
 
+def stock_thinking_holder(markers: Any, max_num_seqs: int, device: Any) -> Any:
+    """vLLM's own budgets of the V1 runner, to be measured beside ours."""
+    from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
+
+    return ThinkingBudgetStateHolder(_reasoning_config(markers), max_num_seqs, 0, device, False)
+
+
+def stock_thinking_budgets_v2(req_states: Any, markers: Any) -> Any:
+    """vLLM's own budgets of the V2 runner, to be measured beside ours."""
+    from vllm.v1.worker.gpu.sample.thinking_budget import ThinkingBudgetState
+
+    return ThinkingBudgetState(req_states, _reasoning_config(markers))
+
+
+def v2_request_state(max_num_reqs: int, max_model_len: int, vocab_size: int, device: Any) -> Any:
+    """The V2 runner's state of all request slots."""
+    from vllm.v1.worker.gpu.states import RequestState
+
+    return RequestState(max_num_reqs, max_model_len, max_model_len, 0, vocab_size, device)
+
+
+def _reasoning_config(markers: Any) -> Any:
+    from vllm.config.reasoning import ReasoningConfig
+
+    config = ReasoningConfig()
+    config._reasoning_start_token_ids = list(markers.start)
+    config._reasoning_end_token_ids = [*markers.phrase, *markers.closing]
+    config._natural_reasoning_end_token_ids = list(markers.ends[0])
+    return config
+
+
 def add_worker_methods() -> None:
     """Give workers the methods that the API process calls by name. Called inside a worker, where the class is imported
     anyway: importing it elsewhere takes a second."""

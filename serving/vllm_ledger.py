@@ -202,6 +202,24 @@ LEDGER = (
         remove_when="as above",
     ),
     LedgerEntry(
+        target="vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder",
+        why="measured beside ours (bench/thinking_cost.py)",
+        upstream="as above",
+        remove_when="nobody asks what our budgets cost",
+    ),
+    LedgerEntry(
+        target="vllm.v1.worker.gpu.sample.thinking_budget:ThinkingBudgetState",
+        why="as above, of the V2 runner",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.v1.worker.gpu.states:RequestState",
+        why="what both of the V2 runner read",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
         target="vllm.v1.worker.gpu_input_batch:maybe_create_thinking_budget_state_holder",
         why="the same function under the name the batch has imported before plugins are loaded",
         upstream="as above",

@@ -160,6 +160,15 @@ def test_markers_in_history_are_not_the_open_ones() -> None:
         assert (machine.mode == thinking.THINKING) == is_open
 
 
+def test_another_spelling_of_the_start_opens_a_thought_too() -> None:
+    markers = ThinkingMarkers((1, 12), ((2,),), (2,), other_starts=((1, 13),))
+    for start in markers.starts:
+        machine = ThinkingMachine.after_prompt(markers, ThinkingLimits(2), [9])
+        assert decode(machine, [*start, *words(5), 2]) == [*start, *words(2), 2, *ANSWER]
+        assert (machine.num_thinking, machine.num_markers) == (2, 3)
+        assert ThinkingMachine.after_prompt(markers, ThinkingLimits(), [9, 2, *start]).mode == thinking.THINKING
+
+
 def test_drafts_are_judged_as_if_they_came_one_by_one() -> None:
     random.seed(5)
     markers = ThinkingMarkers((1,), ((2, 3),), (2, 3), (4, 5), frozenset({6}), ((7,),))

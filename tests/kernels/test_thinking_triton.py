@@ -76,7 +76,16 @@ POINTERS = {"logits": "*fp32", "boundaries": "*i8"} | dict.fromkeys(
     ("slots", "local_positions", "input_ids", "all_token_ids", "prompt_len", "total_len", "rows", "runs_ptr",
      "table_ptr", "sizes_ptr", "queue"), "*i32",
 )  # fmt: skip
-NUMBERS = ("logits_stride", "num_rows", "all_token_ids_stride", "num_ends", "phrase_size", "queue_size", "vocab_size")
+NUMBERS = (
+    "logits_stride",
+    "num_rows",
+    "all_token_ids_stride",
+    "num_starts",
+    "num_ends",
+    "phrase_size",
+    "queue_size",
+    "vocab_size",
+)
 
 
 @pytest.mark.parametrize(
@@ -100,11 +109,14 @@ def test_it_compiles_for_hopper_without_spills(shape: tuple[int, int, int], rows
 
 
 def test_tables_hold_the_markers_right_aligned() -> None:
-    markers = ThinkingMarkers((1,), ((2, 3, 4), (5,)), (5,), (6, 7), frozenset({8}), ((9, 1),))
+    markers = ThinkingMarkers((1,), ((2, 3, 4), (5,)), (5,), (6, 7), frozenset({8}), ((9, 1),), ((1, 10),))
     tables = MarkerTables.build(markers, 11, torch.device("cpu"))
-    assert tables.table.tolist() == [[-1, -1, -1, 1], [-1, 2, 3, 4], [-1, -1, -1, 5], [-1, -1, 9, 1]]
-    assert tables.sizes.tolist() == [1, 3, 1, 2]
-    assert (tables.queue.tolist(), tables.phrase_size, tables.queue_size, tables.num_ends) == ([6, 7, 5, 0], 2, 3, 2)
+    assert tables.table.tolist() == [
+        [-1, -1, -1, 1], [-1, -1, 1, 10], [-1, 2, 3, 4], [-1, -1, -1, 5], [-1, -1, 9, 1], *[[-2] * 4] * 3
+    ]  # fmt: skip
+    assert tables.sizes.tolist() == [1, 2, 3, 1, 2, 0, 0, 0]
+    assert (tables.queue.tolist(), tables.phrase_size, tables.queue_size) == ([6, 7, 5, 0], 2, 3)
+    assert (tables.num_starts, tables.num_ends) == (2, 2)
     assert tables.boundaries.nonzero().tolist() == [[8]]
 
 

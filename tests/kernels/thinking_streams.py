@@ -19,11 +19,15 @@ from vllm_puzzle.kernels.thinking_triton import REASONS, Column, MarkerTables
 SLOTS, LENGTH, VOCABULARY, MAX_PATTERN, MAX_ROWS = 5, 110, 37, 16, 6
 SINGLE = ThinkingMarkers((1,), ((2,),), (2,))
 PLAIN = ThinkingMarkers((1,), ((2,), (8, 9)), (2,), (4, 5), frozenset({6, 36}), ((7,),))
-MULTI = ThinkingMarkers((1, 3), ((2, 3, 2), (8, 9)), (2, 3, 2), (4, 4, 5), frozenset({6}), ((7, 8), (7, 9, 1)))
+MULTI = ThinkingMarkers(
+    (1, 3), ((2, 3, 2), (8, 9)), (2, 3, 2), (4, 4, 5), frozenset({6}), ((7, 8), (7, 9, 1)), ((1, 9, 4),)
+)
 # The start begins an end, an end begins another, the closing ends none, the phrase repeats itself.
-NESTED = ThinkingMarkers((1, 2), ((1, 2, 3), (3,), (3, 3)), (5, 2, 5), (5, 2, 5, 2), frozenset({2}), ((4, 1),))
+NESTED = ThinkingMarkers(
+    (1, 2), ((1, 2, 3), (3,), (3, 3)), (5, 2, 5), (5, 2, 5, 2), frozenset({2}), ((4, 1),), ((1, 2, 5), (2,))
+)
 CASES = {  # markers, most rows of a request, seed
-    "single tokens": (SINGLE, 1, 0),
+    "single tokens": (SINGLE, 1, 33),
     "single tokens, drafts": (SINGLE, MAX_ROWS, 1),
     "phrase, boundaries, tools": (PLAIN, 1, 2),
     "phrase, boundaries, tools, drafts": (PLAIN, MAX_ROWS, 3),
@@ -80,7 +84,7 @@ class Batch:
         self.runs = torch.randint(0, 99, (SLOTS, MAX_PATTERN), dtype=torch.int32, device=device)
         self.tables = MarkerTables.build(self.markers, VOCABULARY, device)
         markers = self.markers
-        pieces = [markers.start, *markers.ends, *markers.tool_starts, markers.phrase, markers.closing]
+        pieces = [*markers.starts, *markers.ends, *markers.tool_starts, markers.phrase, markers.closing]
         self.pieces = [list(piece) for piece in pieces if piece]
 
     def some_tokens(self, most: int) -> list[int]:
@@ -113,7 +117,7 @@ class Batch:
         if free and random.random() < 0.6:
             prompt = self.some_tokens(random.choice([1, 2, 7, 30]))
             if random.random() < 0.8:
-                prompt += self.markers.start
+                prompt += random.choice(self.markers.starts)
             request = Request(random_limits(), prompt, [], ThinkingMachine(self.markers))
             self.fill(random.choice(free), request)
 
@@ -199,7 +203,7 @@ def run(device: torch.device, steps: int, first_seed: int = 0) -> dict[str, tupl
     for name, (markers, max_rows, seed) in CASES.items():
         random.seed(first_seed + seed)
         torch.manual_seed(first_seed + seed)
-        batch = Batch(markers, max_rows, device)
+        batch = Batch(markers, max_rows, device, close_share=0.02 if max_rows > 1 else 0.1)
         for _ in range(2 * SLOTS):
             batch.admit()
         count = steps if max_rows > 1 else 3 * steps  # steps without drafts bring a third of the tokens
