@@ -17,6 +17,10 @@ DATA = "data: "
 COMPACT = (",", ":")
 # vLLM's own name for a thought on chat completions.
 STOCK_NAME = "reasoning"
+MESSAGES = "/v1/messages"
+OPENAI_ERROR = "invalid_request_error"
+ANTHROPIC_ERRORS = {400: OPENAI_ERROR, 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+                    413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}  # fmt: skip
 
 
 def finish_body(body: Body, turn: Turn) -> None:
@@ -38,6 +42,22 @@ def finish_event(event: str, turn: Turn) -> str | None:
     if not CHUNKS[turn.path](chunk, turn):
         return None
     return f"{head}{DATA}{json.dumps(chunk, ensure_ascii=False, separators=COMPACT)}\n\n"
+
+
+def error_body(path: str, status: int, message: str, param: str | None) -> Body:
+    """An error in the shape of the API that was called."""
+    if path == MESSAGES:
+        return anthropic_error({"error": {"message": message}}, status)
+    return {"error": {"type": OPENAI_ERROR, "message": message, "param": param, "code": status}}
+
+
+def anthropic_error(body: Body, status: int) -> Body:
+    """Any error that vLLM answers on Anthropic's path, in Anthropic's shape and words; vLLM's own shape is OpenAI's
+    where the request was refused before its handler."""
+    found = body.get("error")
+    message = found.get("message") if isinstance(found, dict) else None
+    kind = ANTHROPIC_ERRORS.get(status, OPENAI_ERROR if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": str(message or body.get("detail") or body)}}
 
 
 # --- chat completions --------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def test_an_error_has_the_shape_of_the_api_that_was_called(path: str) -> None:
 def test_a_body_beyond_the_operators_limit_is_refused() -> None:
     raw = json.dumps({"model": "m" * 40}).encode()
     (start, reply), seen = call("/v1/chat/completions", raw, max_body_bytes=len(raw) - 1)
-    assert (start["status"], seen) == (400, {})
+    assert (start["status"], seen) == (413, {})
     assert f"found more than {len(raw) - 1} bytes" in json.loads(reply["body"])["error"]["message"]
     assert call("/v1/chat/completions", raw, max_body_bytes=len(raw))[1]["body"] == raw
 
