@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+from uuid import uuid4
 
 from vllm_puzzle.kernels.thinking import LoopRule, ThinkingLimits, ThinkingMarkers
 from vllm_puzzle.serving import vllm_compat
@@ -83,13 +84,15 @@ def limits_alone(budget: int | None, policy: ReasoningPolicy) -> Effective:
 def _loop_rule(params: Any, rule: LoopRule | None) -> LoopRule | None:
     """vLLM's `repetition_detection` for thoughts, else the operator's rule.
 
-    A loop ends the thought here, and one repetition later the request, which by then no longer repeats itself.
+    A loop ends the thought here, and one repetition later the request, which by then no longer repeats itself. Patterns
+    that are all too long for us are vLLM's alone: they end the request.
     """
     asked = params.repetition_detection
-    if asked is None or not asked.max_pattern_size:
+    if asked is None or not asked.max_pattern_size or asked.min_pattern_size > MAX_PATTERN:
         return rule
     own = LoopRule(max(1, asked.min_pattern_size), min(asked.max_pattern_size, MAX_PATTERN), asked.min_count)
-    asked.min_count += 1
+    # A copy: the object is the request's own, and one request can start several.
+    params.repetition_detection = replace(asked, min_count=asked.min_count + 1)
     return own
 
 
@@ -107,6 +110,9 @@ class WatchedEngine:
         """The client's own stream of outputs."""
         turn = TURN.get() or Turn("")
         turn.names = self._puzzle_server.policy.names
+        if request_id in self._puzzle_server.watches.running:
+            # Clients can choose ids: an id that another request runs under must not reach that request.
+            request_id = f"{request_id}-{uuid4().hex[:8]}"
         watch = self._puzzle_server.begin(sampling_params, request_id, turn)
         outputs = self._puzzle_client.generate(prompt, sampling_params, request_id, *args, **kwargs)
         return outputs if watch is None else self._watched(outputs, request_id)
