@@ -14,7 +14,7 @@ from typing import Any
 from vllm_puzzle.serving.dial.dialects import FIELDS, read_statements
 from vllm_puzzle.serving.dial.json_body import Receive, declared_size, parse_body, read_body
 from vllm_puzzle.serving.dial.policy import MAX_BODY_BYTES
-from vllm_puzzle.serving.dial.reply import COMPACT, MESSAGES, anthropic_error, error_body, finish_body, finish_event
+from vllm_puzzle.serving.dial.reply import COMPACT, MESSAGES, error_body, finish_body, finish_event, shaped_error
 from vllm_puzzle.serving.dial.request import RequestError, combine
 from vllm_puzzle.serving.dial.turn import TURN, Turn
 
@@ -70,11 +70,11 @@ class ReplySender:
         self.rest = b""
 
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
-        """One ASGI message of the reply. What is no JSON passes untouched, as do errors that have their API's shape."""
+        """One ASGI message of the reply. What is no JSON passes untouched."""
         if message["type"] == "http.response.start":
             kind = dict(message["headers"]).get(b"content-type", b"")
             self.is_stream = kind.startswith(b"text/event-stream")
-            if kind.startswith(b"application/json") and (message["status"] == 200 or self.turn.path == MESSAGES):
+            if kind.startswith(b"application/json"):
                 self.start = message
                 return
         elif message["type"] == "http.response.body":
@@ -90,13 +90,11 @@ class ReplySender:
         self.rest += message.get("body", b"")
         if message.get("more_body", False) or self.start is None:
             return
-        body = _object(self.rest)
+        body, status = _object(self.rest), self.start["status"]
         if body is not None:
-            if self.start["status"] == 200:
-                finish_body(body, self.turn)
-            else:
-                body = anthropic_error(body, self.start["status"])
-            self.rest = json.dumps(body, ensure_ascii=False, separators=COMPACT).encode()
+            done = finish_body(body, self.turn) if status == 200 else shaped_error(self.turn.path, body, status)
+            if status == 200 or done is not body:
+                self.rest = json.dumps(done, ensure_ascii=False, separators=COMPACT).encode()
         headers = [(name, value) for name, value in self.start["headers"] if name != b"content-length"]
         await self.send({**self.start, "headers": [*headers, (b"content-length", str(len(self.rest)).encode())]})
         await self.send({"type": "http.response.body", "body": self.rest, "more_body": False})

@@ -23,9 +23,10 @@ ANTHROPIC_ERRORS = {400: OPENAI_ERROR, 401: "authentication_error", 403: "permis
                     413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}  # fmt: skip
 
 
-def finish_body(body: Body, turn: Turn) -> None:
-    """A whole reply, in place."""
+def finish_body(body: Body, turn: Turn) -> Body:
+    """A whole reply, changed in place."""
     {"/v1/chat/completions": _chat, "/v1/responses": _response, "/v1/messages": _message}[turn.path](body, turn)
+    return body
 
 
 def finish_event(event: str, turn: Turn) -> str | None:
@@ -47,17 +48,19 @@ def finish_event(event: str, turn: Turn) -> str | None:
 def error_body(path: str, status: int, message: str, param: str | None) -> Body:
     """An error in the shape of the API that was called."""
     if path == MESSAGES:
-        return anthropic_error({"error": {"message": message}}, status)
+        kind = ANTHROPIC_ERRORS.get(status, OPENAI_ERROR if status < 500 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": message}}
     return {"error": {"type": OPENAI_ERROR, "message": message, "param": param, "code": status}}
 
 
-def anthropic_error(body: Body, status: int) -> Body:
-    """Any error that vLLM answers on Anthropic's path, in Anthropic's shape and words; vLLM's own shape is OpenAI's
-    where the request was refused before its handler."""
+def shaped_error(path: str, body: Body, status: int) -> Body:
+    """An error that vLLM answers, in its API's shape: one from before the handler has OpenAI's on Anthropic's path, and
+    one from the web framework has neither."""
     found = body.get("error")
-    message = found.get("message") if isinstance(found, dict) else None
-    kind = ANTHROPIC_ERRORS.get(status, OPENAI_ERROR if status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": str(message or body.get("detail") or body)}}
+    if path != MESSAGES and isinstance(found, dict):
+        return body
+    message = found.get("message") if isinstance(found, dict) else body.get("detail")
+    return error_body(path, status, str(message or body), None)
 
 
 # --- chat completions --------------------------------------------------------------------------------------------
