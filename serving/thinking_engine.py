@@ -15,7 +15,9 @@ from uuid import uuid4
 
 from vllm_puzzle.kernels.thinking import LoopRule, ThinkingLimits, ThinkingMarkers
 from vllm_puzzle.serving import vllm_compat
+from vllm_puzzle.serving.dial.dialects import MAX_BUDGET
 from vllm_puzzle.serving.dial.policy import ReasoningPolicy
+from vllm_puzzle.serving.dial.request import RequestError
 from vllm_puzzle.serving.dial.resolve import Effective, within
 from vllm_puzzle.serving.dial.turn import TURN, Turn
 from vllm_puzzle.serving.thinking_plan import MAX_PATTERN, PLAN_KEY
@@ -35,7 +37,11 @@ class ThinkingServer:
     watches: Watches = field(default_factory=Watches)
 
     def begin(self, params: Any, request_id: str, turn: Turn) -> RequestWatch | None:
-        """Write the plan into the sampling parameters, in place, and start to watch. None without markers."""
+        """Write the plan into the sampling parameters, in place, and start to watch. None without markers.
+
+        Raises RequestError for a repetition rule that cannot be sent to the engine.
+        """
+        _check_repetition(params.repetition_detection)
         params.extra_args = {key: value for key, value in (params.extra_args or {}).items() if key != PLAN_KEY} or None
         if self.markers is None or not turn.is_followed:
             return None
@@ -79,6 +85,13 @@ def limits_alone(budget: int | None, policy: ReasoningPolicy) -> Effective:
     """What is done without a dial: vLLM's own budget field (-1 or None: no limit), under what the operator says."""
     budgets = [limit for limit in (budget, policy.ceiling) if limit is not None and limit >= 0]
     return Effective(budget=min(budgets, default=None), loop=policy.loop, answer_reserve=0)
+
+
+def _check_repetition(asked: Any) -> None:
+    """vLLM checks everything but this: a number that its messages to the engine cannot hold is a 500 there."""
+    if asked is not None and max(asked.max_pattern_size, asked.min_count) > MAX_BUDGET:
+        name = "repetition_detection"
+        raise RequestError(f"`{name}`: found a number above {MAX_BUDGET}, allowed: at most that", name)
 
 
 def _loop_rule(params: Any, rule: LoopRule | None) -> LoopRule | None:

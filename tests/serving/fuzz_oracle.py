@@ -129,6 +129,8 @@ def read_simply(case: Case) -> Wanted | None:
 def _walk(prefix: str, value: Mapping[str, Any], facts: list[tuple[str, Any]]) -> None:
     for key, inner in value.items():
         path = f"{prefix}{key}"
+        if "." in key:  # the table's names are written with dots here; a key that holds one is none of them
+            path = f"{prefix}[{key}]"
         if path in OBJECTS and path not in MEANS:
             if inner is not None and not isinstance(inner, dict):
                 raise BadField(f"{path} is no object")

@@ -189,6 +189,10 @@ def test_a_repetition_rule_of_a_request_that_starts_several_is_raised_once() -> 
     params = SamplingParams(max_tokens=50, repetition_detection=long)
     server.begin(params, "long", Turn(""))
     assert params.repetition_detection == long, "patterns too long for us stay vLLM's"
+    for huge in ({"max_pattern_size": 2**70, "min_count": 2}, {"max_pattern_size": 2, "min_count": 2**70}):
+        params = SamplingParams(repetition_detection=RepetitionDetectionParams(**huge))
+        with pytest.raises(RequestError, match="found a number above"):
+            server.begin(params, "huge", Turn(""))
 
 
 # --- other users' requests -------------------------------------------------------------------------------------------
