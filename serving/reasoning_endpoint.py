@@ -23,6 +23,7 @@ from vllm_puzzle.serving.dial.profile import profile_of
 from vllm_puzzle.serving.dial.request import ReasoningRequest, RequestError
 from vllm_puzzle.serving.dial.resolve import Effective, ModelDial, resolve, settled_messages, text_state
 from vllm_puzzle.serving.dial.responses_text import as_messages, write_back
+from vllm_puzzle.serving.dial.text_switch import plain_messages
 from vllm_puzzle.serving.dial.turn import TURN, Turn
 from vllm_puzzle.serving.reasoning_routes import make_router
 from vllm_puzzle.serving.thinking_engine import ThinkingServer, WatchedEngine, limits_alone
@@ -137,6 +138,7 @@ def apply_to_chat(request: Any, wish: ReasoningRequest, dial: ModelDial) -> Effe
     A hidden thought stays in the request: vLLM's `include_reasoning: false` would start a grammar at the first token.
     It is taken out of the reply.
     """
+    request.messages = plain_messages(request.messages, "messages")
     done = resolve(wish, dial, text_state(request.messages, dial))
     _set_template_arguments(request, done)
     request.reasoning_effort = done.effort
@@ -147,6 +149,8 @@ def apply_to_chat(request: Any, wish: ReasoningRequest, dial: ModelDial) -> Effe
 
 def apply_to_responses(request: Any, wish: ReasoningRequest, dial: ModelDial) -> Effective:
     """Write the wish into a vLLM ResponsesRequest, in place."""
+    if not isinstance(request.input, str):
+        request.input = plain_messages(request.input, "input")
     messages = as_messages(request)
     done = resolve(wish, dial, text_state(messages, dial))
     _set_template_arguments(request, done)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
+from vllm_puzzle.model_configs.json_values import shown
+from vllm_puzzle.serving.dial.dialects import named
+from vllm_puzzle.serving.dial.json_body import declared_size, parse_body, read_body
+from vllm_puzzle.serving.dial.request import RequestError
 
 CONTROL = "/v1/chat/completions/control"
 ACTION = "reasoning_end"
@@ -35,17 +37,18 @@ async def control(request: Request) -> JSONResponse:
 
     The answer tells whether it was running. A request is found only with the Authorization header that it came with.
     """
-    raw = await _read(request)
     try:
-        body: Any = await request.json() if raw is not None else None
-    except (ValueError, RecursionError):
-        body = None
-    if not isinstance(body, dict) or not isinstance(body.get("id"), str):
+        size = declared_size(dict(request.scope["headers"]))
+        body = parse_body(await read_body(request.receive, MAX_CONTROL_BYTES, size))
+    except RequestError as error:
+        return _refused(error.status, str(error), error.param)
+    if body is None or not isinstance(body.get("id"), str):
         return _refused(400, f"body: found no object with a string `id`, allowed: id and action, {MAX_CONTROL_BYTES} B")
     if body.get("action") != ACTION:
-        return _refused(400, f"`action`: found {body.get('action')!r}, allowed: {ACTION}", "action")
+        return _refused(400, f"`action`: found {shown(body.get('action'))}, allowed: {ACTION}", "action")
     if unknown := sorted(set(body) - {"id", "action", "model"}):
-        return _refused(400, f"`{unknown[0]}`: found an unknown field, allowed: id, action, model", unknown[0])
+        name = named(unknown[0])
+        return _refused(400, f"`{name}`: found an unknown field, allowed: id, action, model", name)
     server = request.app.state.puzzle_thinking
     if server.markers is None:
         return _refused(
@@ -54,20 +57,9 @@ async def control(request: Request) -> JSONResponse:
     watch = server.watches.running.get(body["id"])
     # Another user's request is as unknown as one that never was.
     if watch is None or watch.authorization != request.headers.get("authorization"):
-        return _refused(404, f"`id`: found no running request {body['id']!r}", "id")
+        return _refused(404, f"`id`: found no running request {shown(body['id'])}", "id")
     ended = await server.end_thinking(body["id"])
     return JSONResponse({"id": body["id"], "action": ACTION, "success": ended})
-
-
-async def _read(request: Request) -> bytes | None:
-    """The body, or None when it is too long; the rest is not read."""
-    raw = b""
-    async for part in request.stream():
-        raw += part
-        if len(raw) > MAX_CONTROL_BYTES:
-            return None
-    request._body = raw
-    return raw
 
 
 def _refused(status: int, message: str, param: str | None = None) -> JSONResponse:

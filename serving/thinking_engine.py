@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+from uuid import uuid4
 
 from vllm_puzzle.kernels.thinking import LoopRule, ThinkingLimits, ThinkingMarkers
 from vllm_puzzle.serving import vllm_compat
+from vllm_puzzle.serving.dial.dialects import MAX_BUDGET
 from vllm_puzzle.serving.dial.policy import ReasoningPolicy
+from vllm_puzzle.serving.dial.request import RequestError
 from vllm_puzzle.serving.dial.resolve import Effective, within
 from vllm_puzzle.serving.dial.turn import TURN, Turn
 from vllm_puzzle.serving.thinking_plan import MAX_PATTERN, PLAN_KEY
@@ -34,7 +37,11 @@ class ThinkingServer:
     watches: Watches = field(default_factory=Watches)
 
     def begin(self, params: Any, request_id: str, turn: Turn) -> RequestWatch | None:
-        """Write the plan into the sampling parameters, in place, and start to watch. None without markers."""
+        """Write the plan into the sampling parameters, in place, and start to watch. None without markers.
+
+        Raises RequestError for a repetition rule that cannot be sent to the engine.
+        """
+        _check_repetition(params.repetition_detection)
         own = {key: value for key, value in (params.extra_args or {}).items() if not key.startswith(PLAN_KEY)}
         params.extra_args = own or None  # a client's own plan is none
         if self.markers is None or not turn.is_followed:
@@ -89,16 +96,25 @@ def limits_alone(budget: int | None, policy: ReasoningPolicy) -> Effective:
     return Effective(budget=min(budgets, default=None), loop=policy.loop, answer_reserve=0)
 
 
+def _check_repetition(asked: Any) -> None:
+    """vLLM checks everything but this: a number that its messages to the engine cannot hold is a 500 there."""
+    if asked is not None and max(asked.max_pattern_size, asked.min_count) > MAX_BUDGET:
+        name = "repetition_detection"
+        raise RequestError(f"`{name}`: found a number above {MAX_BUDGET}, allowed: at most that", name)
+
+
 def _loop_rule(params: Any, rule: LoopRule | None) -> LoopRule | None:
     """vLLM's `repetition_detection` for thoughts, else the operator's rule.
 
-    A loop ends the thought here, and one repetition later the request, which by then no longer repeats itself.
+    A loop ends the thought here, and one repetition later the request, which by then no longer repeats itself. Patterns
+    that are all too long for us are vLLM's alone: they end the request.
     """
     asked = params.repetition_detection
-    if asked is None or not asked.max_pattern_size:
+    if asked is None or not asked.max_pattern_size or asked.min_pattern_size > MAX_PATTERN:
         return rule
     own = LoopRule(max(1, asked.min_pattern_size), min(asked.max_pattern_size, MAX_PATTERN), asked.min_count)
-    asked.min_count += 1
+    # A copy: the object is the request's own, and one request can start several.
+    params.repetition_detection = replace(asked, min_count=asked.min_count + 1)
     return own
 
 
@@ -126,6 +142,9 @@ class WatchedEngine:
         """The client's own stream of outputs."""
         turn = TURN.get() or Turn("")
         turn.names = self._puzzle_server.policy.names
+        if request_id in self._puzzle_server.watches.running:
+            # Clients can choose ids: an id that another request runs under must not reach that request.
+            request_id = f"{request_id}-{uuid4().hex[:8]}"
         watch = self._puzzle_server.begin(sampling_params, request_id, turn)
         # Where a grammar starts: the Responses API leaves it to the engine, whose parser takes an earlier turn's end
         # for this turn's.

@@ -12,7 +12,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from vllm_puzzle.model_configs.json_values import shown
+from vllm_puzzle.model_configs.json_values import MAX_SHOWN, shown
+from vllm_puzzle.serving.dial.json_body import repeated_keys
 from vllm_puzzle.serving.dial.request import EFFORTS, UNLIMITED, RequestError, Statement
 
 Body = Mapping[str, Any]
@@ -28,20 +29,22 @@ def read_statements(body: Body) -> Iterator[Statement]:
     yield from _read(body, FIELDS, "")
     for key in body:
         if LOOKS_LIKE.search(key) and key not in FIELDS and key not in NOT_CONTROLS:
-            raise RequestError(f"`{key}`: found an unknown reasoning field, allowed: {', '.join(sorted(FIELDS))}", key)
+            raise _unknown(named(key), FIELDS)
 
 
 def _read(body: Body, fields: Mapping[str, Any], prefix: str) -> Iterator[Statement]:
     is_ours = prefix in CLOSED
     for key in body if prefix else ():
         if key not in fields and (is_ours or LOOKS_LIKE.search(key)):
-            allowed = ", ".join(sorted(fields))
-            raise RequestError(f"`{prefix}{key}`: found an unknown reasoning field, allowed: {allowed}", prefix + key)
+            raise _unknown(prefix + named(key), fields)
+    repeated = repeated_keys(body)
     for key, reader in fields.items():
+        name = f"{prefix}{key}"
+        if key in repeated:
+            raise RequestError(f"`{name}`: found more than once in one object, allowed: once", name)
         value = body.get(key)
         if value is None:
             continue
-        name = f"{prefix}{key}"
         if isinstance(reader, dict):
             yield from _read(_mapping(name, value), reader, f"{name}.")
         else:
@@ -191,6 +194,15 @@ FIELDS: dict[str, Any] = {
 CLOSED = ("reasoning.", "thinking.", "google.thinking_config.", "extra_body.google.thinking_config.")
 LOOKS_LIKE = re.compile(r"reason|think|thought", re.IGNORECASE)
 NOT_CONTROLS = ("reasoning_content", "reasoning_details", "reasoning_opaque")
+
+
+def named(key: str) -> str:
+    """A client's key for a message: one line, and not longer than the longest known one needs."""
+    return key if key.isprintable() and len(key) <= MAX_SHOWN else shown(key)
+
+
+def _unknown(name: str, fields: Mapping[str, Any]) -> RequestError:
+    return RequestError(f"`{name}`: found an unknown reasoning field, allowed: {', '.join(sorted(fields))}", name)
 
 
 def _mapping(name: str, value: Any) -> Body:

@@ -12,17 +12,17 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from vllm_puzzle.serving.dial.dialects import FIELDS, read_statements
+from vllm_puzzle.serving.dial.json_body import Receive, declared_size, parse_body, read_body
 from vllm_puzzle.serving.dial.policy import MAX_BODY_BYTES
-from vllm_puzzle.serving.dial.reply import COMPACT, finish_body, finish_event
+from vllm_puzzle.serving.dial.reply import COMPACT, MESSAGES, error_body, finish_body, finish_event, shaped_error
 from vllm_puzzle.serving.dial.request import RequestError, combine
 from vllm_puzzle.serving.dial.turn import TURN, Turn
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/messages")
+PATHS = ("/v1/chat/completions", "/v1/responses", MESSAGES)
 EVENT_END = b"\n\n"
 # Objects that hold other things too: their reasoning keys stay, as nobody else reads them.
 SHARED = ("chat_template_kwargs", "nvext", "custom_params", "vllm_xargs", "extra_body")
@@ -37,21 +37,22 @@ class DialMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
+        path = _route(scope) if scope["type"] == "http" else ""
+        if path not in PATHS or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
         try:
-            raw = await _read_body(receive, self.max_body_bytes)
-            body = _parse(raw)
-            turn = Turn(scope["path"], authorization=_header(scope, b"authorization"))
+            raw = await read_body(receive, self.max_body_bytes, declared_size(dict(scope["headers"])))
+            body = parse_body(raw)
+            turn = Turn(path, authorization=_header(scope, b"authorization"))
             if body is not None:
                 turn.wish = combine(read_statements(body))
                 turn.wants_continuous_usage = _wants_continuous_usage(body)
-                kept = without_fields(body, scope["path"])
+                kept = without_fields(body, path)
                 # A long prompt is not encoded again for nothing.
                 raw = raw if kept == body else json.dumps(kept).encode()
         except RequestError as error:
-            await _answer(send, scope["path"], error)
+            await _answer(send, path, error)
             return
         headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
         scope = {**scope, "headers": [*headers, (b"content-length", str(len(raw)).encode())]}
@@ -69,11 +70,11 @@ class ReplySender:
         self.rest = b""
 
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
-        """One ASGI message of the reply. Errors and what is no JSON pass untouched."""
+        """One ASGI message of the reply. What is no JSON passes untouched."""
         if message["type"] == "http.response.start":
             kind = dict(message["headers"]).get(b"content-type", b"")
             self.is_stream = kind.startswith(b"text/event-stream")
-            if message["status"] == 200 and kind.startswith(b"application/json"):
+            if kind.startswith(b"application/json"):
                 self.start = message
                 return
         elif message["type"] == "http.response.body":
@@ -89,10 +90,11 @@ class ReplySender:
         self.rest += message.get("body", b"")
         if message.get("more_body", False) or self.start is None:
             return
-        body = _parse(self.rest)
+        body, status = _object(self.rest), self.start["status"]
         if body is not None:
-            finish_body(body, self.turn)
-            self.rest = json.dumps(body, ensure_ascii=False, separators=COMPACT).encode()
+            done = finish_body(body, self.turn) if status == 200 else shaped_error(self.turn.path, body, status)
+            if status == 200 or done is not body:
+                self.rest = json.dumps(done, ensure_ascii=False, separators=COMPACT).encode()
         headers = [(name, value) for name, value in self.start["headers"] if name != b"content-length"]
         await self.send({**self.start, "headers": [*headers, (b"content-length", str(len(self.rest)).encode())]})
         await self.send({"type": "http.response.body", "body": self.rest, "more_body": False})
@@ -111,7 +113,7 @@ class ReplySender:
 def without_fields(body: Mapping[str, Any], path: str) -> dict[str, Any]:
     """The body without reasoning fields; what the handlers shall see of them they get from the wish."""
     kept = {key: value for key, value in body.items() if key not in FIELDS or key in SHARED}
-    if path == "/v1/messages" and isinstance(body.get("output_config"), Mapping):
+    if path == MESSAGES and isinstance(body.get("output_config"), Mapping):
         rest = {key: value for key, value in body["output_config"].items() if key != "effort"}
         kept |= {"output_config": rest} if rest else {}
     return kept
@@ -126,24 +128,15 @@ def _wants_continuous_usage(body: Mapping[str, Any]) -> bool:
     return isinstance(options, Mapping) and bool(options.get("continuous_usage_stats"))
 
 
-async def _read_body(receive: Receive, max_bytes: int) -> bytes:
-    parts, size, more = [], 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            break
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > max_bytes:
-            raise RequestError(f"body: found more than {max_bytes} bytes, allowed: at most that", "body")
-        more = message.get("more_body", False)
-    return b"".join(parts)
+def _route(scope: Scope) -> str:
+    """The path below the prefix that the server is mounted at (`--root-path`), by which routes are found."""
+    path, prefix = scope["path"], scope.get("root_path", "")
+    return path[len(prefix) :] if prefix and path.startswith(f"{prefix}/") else path
 
 
-def _parse(raw: bytes) -> dict[str, Any] | None:
-    """The JSON object, or None: the server itself says what is wrong with anything else."""
+def _object(reply: bytes) -> dict[str, Any] | None:
     try:
-        body = json.loads(raw)
+        body = json.loads(reply)
     except ValueError:
         return None
     except RecursionError:  # which the server's own parser would not survive either
@@ -165,12 +158,8 @@ def _replay(raw: bytes, receive: Receive) -> Receive:
 
 
 async def _answer(send: Send, path: str, error: RequestError) -> None:
-    """HTTP 400 in OpenAI's shape, or in Anthropic's on its path."""
-    kind = {"type": "invalid_request_error", "message": str(error)}
-    body: dict[str, Any] = {"error": {**kind, "param": error.param, "code": 400}}
-    if path == "/v1/messages":
-        body = {"type": "error", "error": kind}
-    content = json.dumps(body).encode()
+    """An HTTP error in OpenAI's shape, or in Anthropic's on its path."""
+    content = json.dumps(error_body(path, error.status, str(error), error.param)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": content})

@@ -17,11 +17,16 @@ DATA = "data: "
 COMPACT = (",", ":")
 # vLLM's own name for a thought on chat completions.
 STOCK_NAME = "reasoning"
+MESSAGES = "/v1/messages"
+OPENAI_ERROR = "invalid_request_error"
+ANTHROPIC_ERRORS = {400: OPENAI_ERROR, 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+                    413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}  # fmt: skip
 
 
-def finish_body(body: Body, turn: Turn) -> None:
-    """A whole reply, in place."""
+def finish_body(body: Body, turn: Turn) -> Body:
+    """A whole reply, changed in place."""
     {"/v1/chat/completions": _chat, "/v1/responses": _response, "/v1/messages": _message}[turn.path](body, turn)
+    return body
 
 
 def finish_event(event: str, turn: Turn) -> str | None:
@@ -38,6 +43,24 @@ def finish_event(event: str, turn: Turn) -> str | None:
     if not CHUNKS[turn.path](chunk, turn):
         return None
     return f"{head}{DATA}{json.dumps(chunk, ensure_ascii=False, separators=COMPACT)}\n\n"
+
+
+def error_body(path: str, status: int, message: str, param: str | None) -> Body:
+    """An error in the shape of the API that was called."""
+    if path == MESSAGES:
+        kind = ANTHROPIC_ERRORS.get(status, OPENAI_ERROR if status < 500 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": message}}
+    return {"error": {"type": OPENAI_ERROR, "message": message, "param": param, "code": status}}
+
+
+def shaped_error(path: str, body: Body, status: int) -> Body:
+    """An error that vLLM answers, in its API's shape: one from before the handler has OpenAI's on Anthropic's path, and
+    one from the web framework has neither."""
+    found = body.get("error")
+    if path != MESSAGES and isinstance(found, dict):
+        return body
+    message = found.get("message") if isinstance(found, dict) else body.get("detail")
+    return error_body(path, status, str(message or body), None)
 
 
 # --- chat completions --------------------------------------------------------------------------------------------

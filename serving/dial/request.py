@@ -9,14 +9,15 @@ from typing import Any
 # Every ecosystem's words, weakest first; "none" is a mode, not a level.
 EFFORTS = ("minimal", "low", "medium", "high", "xhigh", "max")
 UNLIMITED = -1
+BAD_REQUEST, TOO_LARGE = 400, 413
 
 
 class RequestError(ValueError):
-    """A request whose reasoning fields are wrong: HTTP 400. `param` is the field at fault."""
+    """A request whose reasoning fields are wrong. `param` is the field at fault, `status` HTTP's."""
 
-    def __init__(self, message: str, param: str) -> None:
+    def __init__(self, message: str, param: str, status: int = BAD_REQUEST) -> None:
         super().__init__(message)
-        self.param = param
+        self.param, self.status = param, status
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,11 @@ elsewhere is written over all of them, so that the prompt never says two things.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vllm_puzzle.serving.dial.profile import MESSAGE_TAG, SYSTEM_LINE, SYSTEM_TAG
+from vllm_puzzle.serving.dial.request import RequestError
 
 ON_LINE, OFF_LINE = "detailed thinking on", "detailed thinking off"
 ON_TAG, OFF_TAG = "/think", "/no_think"
@@ -21,6 +22,24 @@ ROLES = {SYSTEM_LINE: ("system",), SYSTEM_TAG: ("system",), MESSAGE_TAG: ("syste
 TEXT_PARTS = ("text", "input_text")
 WORDS = {SYSTEM_LINE: "a system line `detailed thinking`", SYSTEM_TAG: "`/think` in the system message",
          MESSAGE_TAG: "`/think` in a message"}  # fmt: skip
+
+
+def plain_messages(messages: Sequence[Any], where: str) -> list[Any]:
+    """The messages, each content that is a one-shot iterator as a list: whoever comes next must find it too.
+
+    Parsers leave contents that they do not know well to be checked when they are read. Raises RequestError there.
+    """
+    plain = []
+    for index, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, Iterator):
+            name = f"{where}[{index}].content"
+            try:
+                message = {**message, "content": list(content)}
+            except ValueError:
+                raise RequestError(f"`{name}`: found a part of no known type, allowed: the API's own", name) from None
+        plain.append(message)
+    return plain
 
 
 def read_switches(messages: Sequence[Any], convention: str) -> list[bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from vllm_puzzle.serving.dial.derive import LEVEL_ARGUMENTS, LEVEL_FLAGS, SWITCH_ARGUMENTS
@@ -58,9 +59,13 @@ def make_plan(body: Mapping[str, Any], facts: Facts) -> Plan:
 
 def model_dial(facts: Facts) -> ModelDial:
     """What the model can do: its family's profile, or what its template shows, where that is known."""
-    if facts.template is None:
-        return ModelDial(ASSUMED)
-    return ModelDial(profile_of(facts.model_type, "", facts.template))
+    return ModelDial(ASSUMED if facts.template is None else _profile(facts.model_type, facts.template))
+
+
+@lru_cache(maxsize=16)
+def _profile(model_type: str, template: str) -> ModelProfile:
+    """Reading a template takes many renderings: once for each that the upstream shows."""
+    return profile_of(model_type, "", template)
 
 
 def _assumed_level(effort: str) -> dict[str, Any]:

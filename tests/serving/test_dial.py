@@ -12,7 +12,9 @@ from vllm_puzzle.serving.dial.request import ReasoningRequest
 from vllm_puzzle.serving.dial.turn import TURN
 
 
-def call(path: str, raw: bytes, method: str = "POST", **options: int) -> tuple[list[Any], dict[str, Any]]:
+def call(
+    path: str, raw: bytes, method: str = "POST", root_path: str = "", **options: int
+) -> tuple[list[Any], dict[str, Any]]:
     """Send a body through the middleware, in two parts. Returns what was answered, and what the app saw."""
     sent: list[Any] = []
     seen: dict[str, Any] = {}
@@ -38,6 +40,7 @@ def call(path: str, raw: bytes, method: str = "POST", **options: int) -> tuple[l
         seen["next"] = await receive()
 
     scope = {"type": "http", "method": method, "path": path, "headers": [(b"content-length", str(len(raw)).encode())]}
+    scope["root_path"] = root_path
     asyncio.run(DialMiddleware(app, **options)(scope, receive, send))
     return sent, seen
 
@@ -83,7 +86,7 @@ def test_an_error_has_the_shape_of_the_api_that_was_called(path: str) -> None:
 def test_a_body_beyond_the_operators_limit_is_refused() -> None:
     raw = json.dumps({"model": "m" * 40}).encode()
     (start, reply), seen = call("/v1/chat/completions", raw, max_body_bytes=len(raw) - 1)
-    assert (start["status"], seen) == (400, {})
+    assert (start["status"], seen) == (413, {})
     assert f"found more than {len(raw) - 1} bytes" in json.loads(reply["body"])["error"]["message"]
     assert call("/v1/chat/completions", raw, max_body_bytes=len(raw))[1]["body"] == raw
 
@@ -92,3 +95,10 @@ def test_anthropics_output_format_stays_while_its_effort_is_taken() -> None:
     body = {"output_config": {"effort": "low", "format": {"type": "json_schema"}}, "thinking": {"type": "adaptive"}}
     assert without_fields(body, "/v1/messages") == {"output_config": {"format": {"type": "json_schema"}}}
     assert without_fields({"output_config": {"effort": "low"}}, "/v1/messages") == {}
+
+
+@pytest.mark.parametrize("path", ["/api/v1/chat/completions", "/v1/chat/completions"])
+def test_the_dial_is_there_below_a_root_path_whether_a_proxy_takes_it_off_or_not(path: str) -> None:
+    raw = json.dumps({"model": "m", "think": True}).encode()
+    assert call(path, raw, root_path="/api")[1]["wish"] == ReasoningRequest(is_on=True)
+    assert call("/apiv1/chat/completions", raw, root_path="/api")[1]["wish"] is None

@@ -247,7 +247,20 @@ def test_an_event_cut_between_messages_is_finished_when_it_is_whole() -> None:
     [(start(b"application/json", 400), b'{"error": {"reasoning": 1}}'), (start(b"text/plain"), b'{"reasoning": 1}')],
 )
 def test_errors_and_other_types_pass_byte_for_byte(head: dict[str, Any], raw: bytes) -> None:
-    assert send_all([head, body(raw)], turn()) == [head, body(raw)]
+    sent_head, sent = send_all([head, body(raw)], turn())
+    assert (sent_head["status"], sent["body"]) == (head["status"], raw)
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/responses", "/v1/messages"])
+def test_an_error_of_the_web_framework_gets_the_shape_of_its_api(path: str) -> None:
+    for raw in (b'{"detail": "no"}', b'{"error": {"message": "no", "type": "t", "param": null, "code": 400}}'):
+        _, sent = send_all([start(b"application/json", 400), body(raw)], Turn(path))
+        error = json.loads(sent["body"])
+        assert error["error"]["message"] == "no"
+        assert set(error["error"]) == (
+            {"type", "message"} if path == "/v1/messages" else {"message", "type", "param", "code"}
+        )
+        assert error.get("type") == ("error" if path == "/v1/messages" else None)
 
 
 def test_json_that_is_no_object_passes_byte_for_byte() -> None:

@@ -47,11 +47,13 @@ def test_a_server_without_markers_leaves_requests_alone() -> None:
 
 
 def test_a_clients_loop_rule_is_for_thoughts_and_one_copy_later_for_the_reply() -> None:
-    rule = SimpleNamespace(min_pattern_size=0, max_pattern_size=1000, min_count=3)
+    from vllm.sampling_params import RepetitionDetectionParams
+
+    rule = RepetitionDetectionParams(min_pattern_size=0, max_pattern_size=1000, min_count=3)
     asked = params(repetition_detection=rule)
     server().begin(asked, "r", Turn(""))
     assert limits_of(asked) == ThinkingLimits(None, 0, LoopRule(1, 64, 3))
-    assert rule.min_count == 4
+    assert (asked.repetition_detection.min_count, rule.min_count) == (4, 3), "the request's own object stays"
 
 
 def watched(tokens: list[int], reason: str | None = None, **facts: Any) -> SequenceWatch:
