@@ -52,7 +52,7 @@ class ReasoningPlugin:
         server = ThinkingServer(engine_client, markers, dial.policy, on_finish=ThinkingMetrics().observe)
         if markers is not None:
             vllm_compat.observe_outputs(server.watches.observe)
-            await engine_client.collective_rpc("puzzle_set_markers", args=(markers_to_wire(markers),))
+            await vllm_compat.ask_workers(engine_client, "puzzle_set_markers", markers_to_wire(markers))
         state.puzzle_thinking = server
         state.puzzle_capabilities = lambda name: capabilities(dial.profile, dial.policy, name, dial.has_budget)
         for handler in vllm_compat.handlers(state):  # of every path, known here or not: the ceiling holds on all

@@ -80,7 +80,7 @@ class ThinkingServer:
             left = [name for name in internal if name not in told]
             if left:
                 before = watch.without_thought()
-                answers = await self.engine_client.collective_rpc("puzzle_end_thinking", args=(left,))
+                answers = await vllm_compat.ask_workers(self.engine_client, "puzzle_end_thinking", left)
                 if found := {name for answer in answers for name in answer}:
                     watch.end_by_user(before)
                     told |= found

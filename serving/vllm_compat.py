@@ -429,3 +429,13 @@ def handlers(state: Any) -> list[Any]:
     """Every handler of a server's paths that holds an engine client, each once."""
     found = {id(value): value for value in vars(state)["_state"].values() if hasattr(value, "engine_client")}
     return list(found.values())
+
+
+async def ask_workers(engine_client: Any, method: str, *args: Any) -> list[Any]:
+    """Call a method of every worker of every data-parallel engine; all answers. vLLM's collective_rpc returns the first
+    engine's only."""
+    ask_all = getattr(getattr(engine_client, "engine_core", None), "call_utility_all_async", None)
+    if ask_all is None:
+        return list(await engine_client.collective_rpc(method, args=args))
+    answers = await ask_all("collective_rpc", method, None, args, None)
+    return [answer for engine in answers for answer in engine]

@@ -259,4 +259,10 @@ LEDGER = (
         upstream="as above",
         remove_when="vLLM offers a hook on sampling parameters",
     ),
+    LedgerEntry(
+        target="vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async",
+        why="a request may run in any data-parallel engine, and collective_rpc returns the first one's answers only",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/engine/core_client.py",
+        remove_when="collective_rpc returns every engine's answers",
+    ),
 )
