@@ -24,7 +24,9 @@ FLAGS = {
 }
 
 
-def test_the_policy_holds_for_every_request(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_defect_2_2_the_servers_default_and_ceiling_hold_for_every_request(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     flags = [f"--puzzle-reasoning.{key}={value}" for key, value in FLAGS.items()]
     with server.running(tmp_path_factory.mktemp("policy") / "log.txt", *flags) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")

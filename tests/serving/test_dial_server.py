@@ -150,6 +150,20 @@ def test_a_stream_is_the_same_text(client: openai.OpenAI, knob: dict[str, Any]) 
     assert (thinking, answer, tokens) == chat(client, knob)
 
 
+def test_defect_2_2_max_tokens_leave_room_for_the_answer(client: openai.OpenAI) -> None:
+    free, _, length = chat(client, {})
+    assert length == 17
+    reply: Any = client.chat.completions.create(
+        model=MODEL, messages=CHAT, temperature=0, max_tokens=16, extra_body={"thinking_budget": 100}
+    )
+    # A quarter of max_tokens and the end marker: without them the thought takes all 16, and nothing is answered.
+    assert reply.choices[0].message.reasoning == free[: 16 - 4 - 1]
+    assert reply.choices[0].message.content.strip().isdigit()
+    assert reply.reasoning_info["requested"]["budget"] == 100
+    assert reply.reasoning_info["effective"]["budget"] == 11
+    assert reply.reasoning_info["notes"] == ["budget 100: 11 fit into max_tokens 16 with 4 kept for the answer"]
+
+
 def test_a_neighbours_budget_changes_nothing(client: openai.OpenAI) -> None:
     knobs = [{}, {"thinking_budget": 3}, {"think": False}, {"thinking_budget": 9}] * 4
     alone = [chat(client, knob) for knob in knobs[:4]] * 4
