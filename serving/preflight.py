@@ -217,7 +217,8 @@ def _thinks(path: Path) -> bool:
 def precision_limits(model: str) -> tuple[bool, bool]:
     """(whether vLLM serves the checkpoint in float32, whether it asks for an FP8 KV cache).
 
-    Quantized ones run in 16 bits, compressed-tensors' alone in either; an FP8 cache needs 16 bits beside it.
+    Quantized ones run in 16 bits, compressed-tensors' alone in either unless packed; an FP8 cache needs 16 bits beside
+    it.
     """
     path = Path(model)
     if not (path / "config.json").is_file():
@@ -226,7 +227,10 @@ def precision_limits(model: str) -> tuple[bool, bool]:
     entry = quantization_entry(read_object(path / "config.json")) or (read_object(legacy) if legacy.is_file() else {})
     body = mapping("quantization", entry, "quantization") or entry
     has_fp8_cache = bool(body.get("kv_cache_scheme") or body.get("kv_cache_quant_algo"))
-    return not entry or (entry.get("quant_method") == "compressed-tensors" and not has_fp8_cache), has_fp8_cache
+    groups = [entry, *(entry.get("config_groups") or {}).values()] if entry else []
+    is_packed = any(isinstance(group, dict) and group.get("format") == "pack-quantized" for group in groups)
+    is_either = entry.get("quant_method") == "compressed-tensors" and not has_fp8_cache and not is_packed
+    return not entry or is_either, has_fp8_cache
 
 
 # --- weights -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ fused names, one shard of a fused layer for all. Here it gets exact names, and e
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from vllm.config import CompilationMode, VllmConfig
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -39,6 +40,7 @@ def prepare_quantization(vllm_config: VllmConfig, model: ModelRecord) -> Quantiz
     if quantization is not None:
         check_cpu_kernels(quantization, vllm_compat.has_exact_int8_kernel, vllm_compat.has_packed_int_kernel)
         _check_compiled(vllm_config, quantization)
+        _check_packed_dtype(vllm_config, quantization)
         _use_exact_names(quant_config, model, quantization)
         vllm_compat.round_to_fp8_on_cpu()
     return quantization
@@ -65,6 +67,17 @@ def _check_compiled(vllm_config: VllmConfig, quantization: Quantization) -> None
     for name, scheme in quantization.schemes.items():
         if scheme.weight_dtype == "F8_E4M3" and "input_scale" not in scheme.scalars:
             raise ConfigError(f"{module_place(name)}: found {scheme.name} compiled, allowed on CPU: --enforce-eager")
+
+
+def _check_packed_dtype(vllm_config: VllmConfig, quantization: Quantization) -> None:
+    """vLLM's CPU kernel for packed weights has no float32 ('"cpu_gemm_wna16" not implemented for 'Float''): it would
+    fail at the first token."""
+    dtype = vllm_config.model_config.dtype
+    if vllm_config.device_config.device_type != "cpu" or dtype != torch.float32:
+        return
+    for name, scheme in quantization.schemes.items():
+        if scheme.is_packed_int:
+            raise ConfigError(f"{module_place(name)}: found {scheme.name} in float32, allowed on CPU: --dtype bfloat16")
 
 
 def _use_exact_names(quant_config: QuantizationConfig, model: ModelRecord, quantization: Quantization) -> None:

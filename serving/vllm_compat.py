@@ -243,8 +243,9 @@ def has_exact_int8_kernel() -> bool:
     if not current_platform.is_cpu():
         return True
     size = 64
-    weight = torch.full((size, size), 127, dtype=torch.int8)
-    handler = ops.create_onednn_scaled_mm(weight.t(), torch.ones(size, 1), torch.float32, True, False, 32)
+    # The handler keeps pointers only: both tensors must outlive it.
+    weight, weight_scales = torch.full((size, size), 127, dtype=torch.int8), torch.ones(size, 1)
+    handler = ops.create_onednn_scaled_mm(weight.t(), weight_scales, torch.float32, True, False, 32)
     values, scales, zero_points = ops.onednn_scaled_int8_quant(torch.ones(1, size), None, None, True)
     product, no_shift = torch.empty(1, size), torch.zeros(1, size)
     ops.onednn_scaled_mm(handler, values, product, scales, zero_points, no_shift, None)

@@ -260,7 +260,9 @@ KINDS = {
         dtype="bfloat16",
     ),
     "int4 weights": Kind(
-        compressed_entry("pack-quantized", "int 4 group static", None, ["lm_head"]), _unless(layout=int4_packed)
+        compressed_entry("pack-quantized", "int 4 group static", None, ["lm_head"]),
+        _unless(layout=int4_packed),
+        dtype="bfloat16",  # vLLM's kernel has no float32
     ),
     "fp8 weights": Kind(
         compressed_entry("float-quantized", "float 8 channel static", None, ["lm_head"]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 FLAGS = ("--load-format", "dummy", "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096")
 
@@ -30,6 +31,7 @@ def main(kind: str, argv: list[str]) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_CI_ENV": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if kind == "stock":
         os.environ |= {"VLLM_PLUGINS": "none", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH, which CI sets, leaves it out
     import scripted_model
 
     scripted_model.register()

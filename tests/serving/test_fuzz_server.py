@@ -33,7 +33,7 @@ def test_every_body_has_the_reply_that_a_simple_reading_of_it_demands(url: str) 
     outcomes = fuzz_server.run(NUMBER, 0, url)
     assert sum(outcomes.values()) == NUMBER
     # Each kind of check has been made.
-    assert min(outcomes[kind] for kind in ("refused", "refused behind", "silent", "done", "streamed, same text")) > 5
+    assert min(outcomes[kind] for kind in ("refused", "refused behind", "silent", "done", "streamed, same text")) > 0
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import quantized_checkpoints as quantized
 import torch
-from parity import Jobs, assert_equal_to, bound
+from parity import Jobs, bound
 from quantized_checkpoints import KINDS, KV_SCALES, QuantizedReference
 from vllm_puzzle.serving.cpu_defaults import has_exact_int8
 from vllm_puzzle.serving.reference_model import ReferenceModel
@@ -39,6 +39,7 @@ def outcomes(folder: Path, references: dict[str, QuantizedReference]) -> dict[st
         if KINDS[name].kv_spelling is not None:
             llm["kv_cache_dtype"] = "bfloat16"  # FP8 needs AVX-512 on CPU; the scales are loaded all the same
         jobs.add(name, folder / name, llm, describe_layers=True)
+    jobs.add("int4 weights, float32", folder / "int4 weights", {"dtype": "float32"})
     compiled = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
     jobs.add("dynamic, compiled", folder / "fp8 dynamic", compiled)
     return jobs.run()
@@ -120,7 +121,10 @@ def test_packed_int4_runs_where_the_cpu_has_the_kernel_and_is_refused_elsewhere(
     if isinstance(results, str):
         assert "quantization: found compressed-tensors INT4 per group, allowed on this CPU" in results
     else:
-        assert_equal_to(references["int4 weights"], results)
+        assert_as_accurate_as_bfloat16(references["int4 weights"], results)
+    if not isinstance(results, str):
+        in_float32 = "found compressed-tensors INT4 per group in float32, allowed on CPU: --dtype bfloat16"
+        assert in_float32 in outcomes["int4 weights, float32"]
 
 
 def test_compiled_fp8_with_scales_per_token_is_refused_as_vllm_answers_nan(outcomes: dict[str, Any]) -> None:

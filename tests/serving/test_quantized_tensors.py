@@ -151,7 +151,8 @@ def test_the_cpu_defaults_follow_from_what_the_checkpoint_allows(
     assert checkpoint.quantization is not None
     is_modelopt, has_scales = checkpoint.quantization.method == "modelopt", checkpoint.quantization.has_kv_scales
     limits = precision_limits(str(checkpoint.folder))
-    assert limits == (not is_modelopt and not has_scales, has_scales)
+    is_packed = any(scheme.is_packed_int for scheme in checkpoint.quantization.schemes.values())
+    assert limits == (not is_modelopt and not has_scales and not is_packed, has_scales)
     for flags in ("avx2", "avx2 avx512f"):
         monkeypatch.setattr(cpu_defaults, "_cpu_has", flags.split().__contains__)
         chosen = {s.name: s.value for s in cpu_defaults.cpu_settings(checkpoint.record, 1, *limits)}
