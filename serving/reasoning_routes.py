@@ -13,12 +13,20 @@ CONTROL = "/v1/chat/completions/control"
 ACTION = "reasoning_end"
 # A control message is a few words; the id of a request is shorter than this.
 MAX_CONTROL_BYTES = 4096
+# For the server's own OpenAPI document; `control` reads the body itself, to stop at the limit.
+CONTROL_SCHEMA = {
+    "type": "object",
+    "properties": {"id": {"type": "string"}, "action": {"const": ACTION}, "model": {}},
+    "required": ["id", "action"],
+    "additionalProperties": False,
+}
+CONTROL_BODY = {"required": True, "content": {"application/json": {"schema": CONTROL_SCHEMA}}}
 
 
 def make_router() -> APIRouter:
     """Both routes. vLLM's own check of the API key stands before everything under /v1."""
     router = APIRouter()
-    router.add_api_route(CONTROL, control, methods=["POST"])
+    router.add_api_route(CONTROL, control, methods=["POST"], openapi_extra={"requestBody": CONTROL_BODY})
     router.add_api_route("/v1/models", models, methods=["GET"])
     return router
 

@@ -208,6 +208,8 @@ def make_case(random: Random, made_up: Any) -> Case:
             options += tuple((at, made_up) for at, _ in options)
         for at, value in random.sample(options, random.randrange(4)):
             put(body, at, value)
+    if is_clean and random.randrange(3) == 0:
+        body["stream"] = True
     for _ in range(random.randrange(3 if is_clean else 4)):
         put(body, *_knob(random, made_up))
     fault = random.choice(FAULT_NAMES) if kind == 5 else ""
