@@ -123,12 +123,23 @@ class ThinkingMachine:
     _position: int = 0
     _why: str = BUDGET
     _memory: int = field(init=False)
+    _most: int = field(init=False)
+    _lasts: frozenset[int] = field(init=False)
+    _start_lasts: frozenset[int] = field(init=False)
+    _quiet: float = field(init=False)
 
     def __post_init__(self) -> None:
-        markers, loop = self.markers, self.limits.loop
+        markers, loop, budget = self.markers, self.limits.loop, self.limits.budget
+        # Most tokens are none of these, and come before any limit: they need no look at markers and limits.
+        self._lasts = frozenset(marker[-1] for marker in (*markers.ends, *markers.tool_starts))
+        self._start_lasts = frozenset(marker[-1] for marker in markers.starts)
+        self._quiet = -1 if loop else float("inf")
+        if budget is not None and not loop:
+            self._quiet = budget - len(self._phrase_within(budget)) - max(self.limits.grace, 0) - 1
         sizes = [len(marker) for marker in (*markers.starts, *markers.ends, *markers.tool_starts)]
         # How many last tokens the rules look at.
         self._memory = max(*sizes, len(markers.phrase) + len(markers.closing), loop.max_pattern + 1 if loop else 0)
+        self._most = 2 * self._memory + 64  # cut seldom
 
     @classmethod
     def after_prompt(
@@ -143,13 +154,17 @@ class ThinkingMachine:
     def feed(self, tokens: Iterable[int]) -> None:
         """Go on by the tokens that the response got."""
         for token in tokens:
-            self.num_tokens += 1
-            if self.mode == THINKING:
-                self._think(token)
-            elif self.mode == OUTSIDE:
-                self._answer(token)
-            else:
-                self._close(token)
+            self.feed_one(token)
+
+    def feed_one(self, token: int) -> None:
+        """Go on by one token."""
+        self.num_tokens += 1
+        if self.mode == THINKING:
+            self._think(token)
+        elif self.mode == OUTSIDE:
+            self._answer(token)
+        else:
+            self._close(token)
 
     def close(self, reason: str) -> None:
         """End the open thought from the next token on; nothing if none is open."""
@@ -178,6 +193,8 @@ class ThinkingMachine:
 
     def _answer(self, token: int) -> None:
         self._remember(token)
+        if token not in self._start_lasts:
+            return
         for start in self.markers.starts:
             if token == start[-1] and _ends_with(self._tail, start):
                 self.num_markers += len(start)
@@ -187,6 +204,8 @@ class ThinkingMachine:
     def _think(self, token: int) -> None:
         self._remember(token)
         self.num_thinking += 1
+        if self.num_thinking <= self._quiet and token not in self._lasts:
+            return
         for marker in self.markers.ends:
             if token == marker[-1] and _ends_with(self._tail, marker):
                 self._leave(len(marker), NATURAL)
@@ -268,9 +287,10 @@ class ThinkingMachine:
         )
 
     def _remember(self, token: int) -> None:
-        self._tail.append(token)
-        if len(self._tail) > 2 * self._memory:
-            del self._tail[: -self._memory]
+        tail = self._tail
+        tail.append(token)
+        if len(tail) > self._most:
+            del tail[: -self._memory]
 
     def _fork(self) -> ThinkingMachine:
         return ThinkingMachine(

@@ -33,10 +33,17 @@ class Row:
     machine: ThinkingMachine
     num_fed: int = 0
     closed_at: int | None = None  # how many tokens there were when a user ended the thought
-    forced: list[int | None] = field(default_factory=list)
+    forced: list[int | None] = field(default_factory=lambda: [None])
 
     def follow(self, markers: ThinkingMarkers, output: Sequence[int], drafts: Sequence[int]) -> None:
         """Take in the response so far; `forced` is then the token at each draft's place and after the last."""
+        machine = self.machine
+        if not drafts and self.closed_at is None and len(output) == self.num_fed + 1 and output[-1] != PLACEHOLDER:
+            machine.feed_one(output[-1])  # nearly every step
+            self.num_fed += 1
+            if self.forced[0] is not machine.forced or len(self.forced) > 1:
+                self.forced = [machine.forced]
+            return
         if len(output) < self.num_fed:  # tokens were taken back (a failed step, a resumed request): start again
             self.machine, self.num_fed = ThinkingMachine.after_prompt(markers, self.limits, self.prompt), 0
         new = output[self.num_fed :]
@@ -124,13 +131,22 @@ class ThinkingHolder:
         over_drafts = self.has_drafts and not predict_bonus_token
         places: list[int] = []
         tokens: list[int] = []
-        first_row = self._first_rows(spec_token_ids or []) if over_drafts else lambda index: index
+        if not over_drafts:
+            for index, row in self.rows.items():
+                if row.forced[-1] is not None:
+                    places.append(index)
+                    tokens.append(row.forced[-1])
+            return self._raise(logits, places, tokens)
+        first_row = self._first_rows(spec_token_ids or [])
         for index, row in self.rows.items():
-            forced = row.forced[:-1] if over_drafts else row.forced[-1:]
-            for offset, token in enumerate(forced):
+            for offset, token in enumerate(row.forced[:-1]):
                 if token is not None:
                     places.append(first_row(index) + offset)
                     tokens.append(token)
+        return self._raise(logits, places, tokens)
+
+    @staticmethod
+    def _raise(logits: torch.Tensor, places: list[int], tokens: list[int]) -> torch.Tensor:
         if places:
             where = torch.tensor([places, tokens], device=logits.device)
             logits[where[0], where[1]] = FORCED_LOGIT
