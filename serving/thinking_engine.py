@@ -20,7 +20,7 @@ from vllm_puzzle.serving.dial.policy import ReasoningPolicy
 from vllm_puzzle.serving.dial.request import RequestError
 from vllm_puzzle.serving.dial.resolve import Effective, within
 from vllm_puzzle.serving.dial.turn import TURN, Turn
-from vllm_puzzle.serving.thinking_plan import MAX_PATTERN, PLAN_KEY
+from vllm_puzzle.serving.thinking_plan import MAX_PATTERN, PLAN_KEY, plan_of
 from vllm_puzzle.serving.thinking_watch import RequestWatch, SequenceWatch, Watches
 
 RETRY_S = 0.02
@@ -48,9 +48,7 @@ class ThinkingServer:
             return None
         limits = self._limits(params, turn)
         if not limits.is_free:
-            loop = limits.loop and [limits.loop.min_pattern, limits.loop.max_pattern, limits.loop.count]
-            plan = {"budget": limits.budget, "grace": limits.grace, "loop": loop}
-            params.extra_args = {**(params.extra_args or {}), PLAN_KEY: plan}
+            params.extra_args = {**own, PLAN_KEY: plan_of(limits)}
         params.thinking_token_budget = None  # the plan says it, and vLLM has no budget where its parser has no markers
         is_off = turn.effective is not None and turn.effective.is_on is False
         watch = RequestWatch(

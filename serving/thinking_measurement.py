@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm_puzzle.serving.thinking_plan import PLAN_KEY
+from vllm_puzzle.kernels.thinking import ThinkingLimits
+from vllm_puzzle.serving.thinking_plan import PLAN_KEY, plan_of
 from vllm_puzzle.serving.thinking_v1 import ThinkingHolder
 
 MODEL = Path(__file__).resolve().parent.parent / "model_configs" / "pocket" / "puzzle"
@@ -73,7 +74,7 @@ def _timed(method: Callable[..., Any], spent: dict[str, float]) -> Callable[...,
 def _decode(engine: Any, num_requests: int, max_tokens: int, has_budgets: bool) -> float:
     from vllm import SamplingParams
 
-    plan = {PLAN_KEY: {"budget": max_tokens // 2, "grace": max_tokens // 20, "loop": None}}
+    plan = {PLAN_KEY: plan_of(ThinkingLimits(max_tokens // 2, max_tokens // 20))}
     common: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, "detokenize": False}
     params = [
         SamplingParams(**common, extra_args=plan if has_budgets and index % 2 else None)

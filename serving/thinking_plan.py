@@ -37,6 +37,12 @@ def limits_of(sampling_params: Any) -> ThinkingLimits | None:
     return ThinkingLimits(budget, grace, None if loop is None else _loop_rule(loop))
 
 
+def plan_of(limits: ThinkingLimits) -> dict[str, Any]:
+    """The plan that `limits_of` reads."""
+    loop = limits.loop and [limits.loop.min_pattern, limits.loop.max_pattern, limits.loop.count]
+    return {"budget": limits.budget, "grace": limits.grace, "loop": loop}
+
+
 def _loop_rule(loop: Any) -> LoopRule:
     allowed = f"null or [min_pattern, max_pattern, count], 1 <= min_pattern <= max_pattern <= {MAX_PATTERN}, count >= 2"
     if not (isinstance(loop, Sequence) and not isinstance(loop, str) and len(loop) == 3 and all(map(_is_count, loop))):

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from vllm_puzzle.kernels.thinking import LoopRule
 from vllm_puzzle.model_configs.json_values import refuse
 from vllm_puzzle.model_configs.schema import ConfigError
 from vllm_puzzle.serving.dial.dialects import EFFORT_WORDS, MAX_BUDGET
 from vllm_puzzle.serving.dial.request import EFFORTS, UNLIMITED
+from vllm_puzzle.serving.dial.yaml_file import load_yaml
 from vllm_puzzle.serving.thinking_plan import MAX_PATTERN
 
 VARIABLE = "VLLM_PUZZLE_REASONING"
@@ -129,12 +129,7 @@ def load_budgets(file: Path) -> dict[str, Any]:
 
 
 def _read_yaml(file: Path, where: str) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise ConfigError(f"{where}: found {error.strerror}, allowed: a YAML file") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{where}: found {' '.join(str(error).split())}, allowed: a YAML file") from None
+    found = load_yaml(file, where)
     if found is None:
         return {}
     if not isinstance(found, dict):

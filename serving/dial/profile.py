@@ -12,10 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from vllm_puzzle.model_configs.json_values import refuse
 from vllm_puzzle.model_configs.schema import ConfigError
 from vllm_puzzle.serving.dial.request import EFFORTS
+from vllm_puzzle.serving.dial.yaml_file import load_yaml
 
 FOLDER = Path(__file__).with_name("profiles")
 ARGUMENT, LEVEL, TEXT, NONE = "argument", "level", "text", "none"
@@ -126,13 +126,8 @@ def known_profiles() -> tuple[ModelProfile, ...]:
 
 def load_profile(file: Path) -> ModelProfile:
     """Read and check one file. Raises ConfigError: file, key, found, allowed."""
-    try:
-        found = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise ConfigError(f"profile {file}: found {error.strerror}, allowed: a YAML file") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"profile {file}: found {' '.join(str(error).split())}, allowed: a YAML file") from None
-    return read_profile(found, f"profile {file}")
+    where = f"profile {file}"
+    return read_profile(load_yaml(file, where), where)
 
 
 def read_profile(found: Any, where: str) -> ModelProfile:

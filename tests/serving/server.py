@@ -36,16 +36,19 @@ def running(log: Path, *arguments: str, program: Sequence[str] | None = None) ->
     port = free_port()
     # What the suite sets for itself must not help `serve`: it has to need no variable.
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "VLLM_", "KMP_"))}
+    with started([*(program or command("serve")), *arguments, "--port", str(port)], environment, port, log) as url:
+        yield url
+
+
+@contextmanager
+def started(program: list[str], environment: dict[str, str], port: int, log: Path) -> Iterator[str]:
+    """Yield the URL of a server once it answers; stop it by its pid."""
+    url = f"http://127.0.0.1:{port}"
     with log.open("w") as output:
-        process = subprocess.Popen(
-            [*(program or command("serve")), *arguments, "--port", str(port)],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+        process = subprocess.Popen(program, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
-            _wait(process, f"http://127.0.0.1:{port}/health", log)
-            yield f"http://127.0.0.1:{port}"
+            _wait(process, f"{url}/health", log)
+            yield url
         finally:
             process.send_signal(signal.SIGTERM)
             try:
