@@ -22,7 +22,7 @@ from vllm_puzzle.serving.dial.policy import policy_from_environment
 from vllm_puzzle.serving.dial.profile import profile_of
 from vllm_puzzle.serving.dial.request import ReasoningRequest, RequestError
 from vllm_puzzle.serving.dial.resolve import Effective, ModelDial, resolve, settled_messages, text_state
-from vllm_puzzle.serving.dial.responses_text import as_messages, write_back
+from vllm_puzzle.serving.dial.responses_text import as_messages, whole_output_messages, write_back
 from vllm_puzzle.serving.dial.text_switch import plain_messages
 from vllm_puzzle.serving.dial.turn import TURN, Turn
 from vllm_puzzle.serving.reasoning_routes import make_router
@@ -150,7 +150,7 @@ def apply_to_chat(request: Any, wish: ReasoningRequest, dial: ModelDial) -> Effe
 def apply_to_responses(request: Any, wish: ReasoningRequest, dial: ModelDial) -> Effective:
     """Write the wish into a vLLM ResponsesRequest, in place."""
     if not isinstance(request.input, str):
-        request.input = plain_messages(request.input, "input")
+        request.input = whole_output_messages(plain_messages(request.input, "input"))
     messages = as_messages(request)
     done = resolve(wish, dial, text_state(messages, dial))
     _set_template_arguments(request, done)
