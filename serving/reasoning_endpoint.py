@@ -31,6 +31,9 @@ from vllm_puzzle.serving.thinking_markers import make_markers
 from vllm_puzzle.serving.thinking_metrics import ThinkingMetrics
 from vllm_puzzle.serving.thinking_plan import markers_to_wire
 
+# Null in a Responses request is allowed, but not in vLLM's reply, which repeats them: an error after all tokens are made,
+# or a stream that breaks off.
+NOT_NULL = ("background", "truncation")
 Entry = Callable[..., Awaitable[Any]]
 Apply = Callable[[Any, ReasoningRequest, ModelDial], Effective]
 
@@ -151,6 +154,9 @@ def apply_to_responses(request: Any, wish: ReasoningRequest, dial: ModelDial) ->
     """Write the wish into a vLLM ResponsesRequest, in place."""
     if not isinstance(request.input, str):
         request.input = whole_output_messages(plain_messages(request.input, "input"))
+    for name in NOT_NULL:
+        if getattr(request, name) is None:
+            setattr(request, name, type(request).model_fields[name].default)
     messages = as_messages(request)
     done = resolve(wish, dial, text_state(messages, dial))
     _set_template_arguments(request, done)

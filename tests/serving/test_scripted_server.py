@@ -85,6 +85,7 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "beyond the ceiling": (CHAT, {**in_band("endless"), "thinking_token_budget": 2900, **LONG}),
     "short": (CHAT, {**said("hi"), "max_tokens": 7}),
     "lines": (CHAT, {**in_band("lines"), "thinking_token_budget": 6}),
+    "nulls": (RESPONSES, {"input": "hi", "background": None, "truncation": None}),
     "replies without text": (
         RESPONSES,
         {"input": [*(reply(*parts) for parts in ((), ("refusal",), ("output_text", "output_text"))), ASKED]},
@@ -200,6 +201,12 @@ def test_a_reply_without_text_or_of_several_parts_is_history_as_any_other(stock:
     """Found by schemathesis; OpenAI's own API takes them."""
     assert stock["replies without text"][0] == 500
     assert texts(ours, "replies without text") == ("abcdefg", "XYZ")
+
+
+def test_a_null_where_the_reply_has_a_default_is_the_default(stock: Replies, ours: Replies) -> None:
+    """Found by schemathesis."""
+    assert stock["nulls"][0] == 400
+    assert texts(ours, "nulls") == ("abcdefg", "XYZ")
 
 
 def test_defect_2_3_thinking_tokens_are_counted_whatever_the_parser_counts(stock: Replies, ours: Replies) -> None:
