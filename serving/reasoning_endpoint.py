@@ -31,8 +31,8 @@ from vllm_puzzle.serving.thinking_markers import make_markers
 from vllm_puzzle.serving.thinking_metrics import ThinkingMetrics
 from vllm_puzzle.serving.thinking_plan import markers_to_wire
 
-# Null in a Responses request is allowed, but not in vLLM's reply, which repeats them: an error after all tokens are made,
-# or a stream that breaks off.
+# Null in a Responses request is allowed, but not in vLLM's reply, which repeats them: an error after all tokens are
+# made, or a stream that breaks off.
 NOT_NULL = ("background", "truncation")
 Entry = Callable[..., Awaitable[Any]]
 Apply = Callable[[Any, ReasoningRequest, ModelDial], Effective]
