@@ -60,6 +60,7 @@ class FusedWeights:
             else:
                 yield target, _join(place, ordered, self.dtype)
 
+    @torch.no_grad()
     def _fold(self, parts: list[Tensor], norms: Sequence[Tensor]) -> Tensor:
         """[sum of rows, columns]: each part's columns times its norm's weights, rounded once, to the model's dtype."""
         rows = [part.shape[0] for part in parts]

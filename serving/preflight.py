@@ -115,6 +115,10 @@ def check(request: Request) -> ModelRecord | None:
     if not path.is_dir():
         if _is_hub_name(request.model):
             _check_hub(request.model)
+            if request.fusion is not None:
+                config = _hub_config(request.model)
+                config[KEY] = request.fusion
+                _read_plan(config, _read_record(config))
             return None
         raise ConfigError(f"model {request.model}: found no such directory, allowed: a model directory or a hub name")
     if not (path / "config.json").is_file():
@@ -226,6 +230,17 @@ def _check_hub(model: str) -> None:
             f"model {model}: found no copy in the local cache and HF_HUB_OFFLINE is set, allowed: a model directory, "
             "a cached hub name, or network access"
         )
+
+
+def _hub_config(model: str) -> dict[str, Any]:
+    """A hub model's config.json, which vLLM will read too: a wish for fusion that it cannot have must not pass."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return read_object(Path(hf_hub_download(model, "config.json")))
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model {model}: found {reason!r}, allowed: a hub model with a config.json") from None
 
 
 def _check_tokenizer(path: Path) -> None:

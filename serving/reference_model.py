@@ -31,9 +31,7 @@ class ReferenceModel(nn.Module):
     each from its own tensors (FFN Fusion's formula, computed without fusing anything).
     """
 
-    def __init__(
-        self, record: ModelRecord, dtype: torch.dtype = torch.float32, plan: FusionPlan | None = None
-    ) -> None:
+    def __init__(self, record: ModelRecord, dtype: torch.dtype = torch.float32, plan: FusionPlan | None = None) -> None:
         super().__init__()
         self.record = record
         self.plan = FusionPlan() if plan is None else plan

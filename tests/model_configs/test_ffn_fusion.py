@@ -164,7 +164,8 @@ def test_the_sentence_says_what_is_fused_how_and_that_answers_change() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("0-3", "run 0-3: found attention in layer 0, allowed: layers without attention that hold a gated FFN, here 1 to 5;"),
+        ("0-3", "run 0-3: found attention in layer 0, allowed: layers without attention that hold a gated FFN"),
+        ("0-3", "here 1 to 5; 7 to 8"),
         ("5-7", "run 5-7: found a linear map in layer 6"),
         ("8-9", "run 8-9: found experts in layer 9"),
         ("8-13", "run 8-13: found experts in layer 9"),
