@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import checkpoints
 import families
 import pytest
 import quantized_checkpoints as quantized
+import server
 import torch
 from checkpoints import deci_block
 from safetensors.torch import save_file
@@ -157,6 +159,20 @@ def test_a_hub_models_cached_configuration_is_asked_too(tmp_path: Path, monkeypa
     assert file_download.constants is constants
     with pytest.raises(ConfigError, match="found on model_type 'gemma', allowed: off"):
         check(read_request(["some/model", "--port", "0"], "auto"))
+
+
+@pytest.mark.slow
+def test_the_flags_reach_the_engine_of_a_server(tmp_path: Path) -> None:
+    flags = ("--puzzle-ffn-fusion", "5-7", "--puzzle-ffn-fusion-norm=last", "--hf-overrides", '{"bos_token_id": 3}')
+    log = tmp_path / "log.txt"
+    with server.running(log, *flags) as url:
+        body = json.dumps({"model": "pocket-puzzle", "prompt": "1+2", "max_tokens": 3}).encode()
+        request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            assert json.load(reply)["usage"]["completion_tokens"] > 0
+    said = [line for line in log.read_text().splitlines() if "FFN Fusion: layers 5-7 (3 FFNs, 768 wide)" in line]
+    assert [line.startswith("[vllm-puzzle]") for line in said] == [True, False], "before the start, and by the engine"
+    assert all("the last layer's norm for all" in line for line in said)
 
 
 # --- quantized checkpoints ---------------------------------------------------------------------------------------
