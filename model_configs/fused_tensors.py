@@ -1,7 +1,8 @@
 """FFN Fusion's tensors: where each tensor of the checkpoint goes, and which quantized ones cannot go there exactly.
 
 Gate and up projections are joined along their rows, down projections along their columns. Quantized parts are joined as
-they are stored, or refused: nothing is rounded a second time. Standard library only.
+they are stored, or refused: no weight is rounded a second time. (Inputs that a scheme quantizes as they come, with one
+scale per token, get one for the whole width.) Standard library only.
 """
 
 from __future__ import annotations

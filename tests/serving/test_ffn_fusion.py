@@ -15,7 +15,7 @@ from checkpoints import deci_block
 from parity import PROMPTS, Jobs, assert_equal_to, assert_equal_up_to_flips, bound, errors, rms
 from quantized_checkpoints import QuantizedReference
 from safetensors.torch import load_file, save_file
-from vllm_puzzle.model_configs.ffn_fusion import KEY, FusionPlan, fuse, requested_plan
+from vllm_puzzle.model_configs.ffn_fusion import KEY, fuse, requested_plan
 from vllm_puzzle.model_configs.formats import read_model
 from vllm_puzzle.model_configs.inspect_model import load_record
 from vllm_puzzle.model_configs.quantization import matrices
@@ -248,7 +248,3 @@ def test_an_adapter_for_a_fused_ffn_is_refused_in_one_line(folder: Path, outcome
 
 def test_a_missing_tensor_of_a_part_is_named_as_the_checkpoint_names_it(outcomes: dict[str, Any]) -> None:
     assert "layer 3, tensor `mlp.up_proj.weight`: found nothing in the checkpoint" in outcomes["incomplete"]
-
-
-def test_the_references_formula_without_a_plan_is_the_model_itself(models: dict[str, ReferenceModel]) -> None:
-    assert reference(models, "odd widths own", "off").plan == FusionPlan()
