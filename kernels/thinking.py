@@ -49,6 +49,11 @@ class ThinkingMarkers:
         """Every spelling of the start."""
         return (self.start, *self.other_starts)
 
+    @property
+    def alarms(self) -> frozenset[int]:
+        """The tokens that can make a marker whole."""
+        return frozenset(marker[-1] for marker in (*self.starts, *self.ends, *self.tool_starts))
+
 
 @dataclass(frozen=True, slots=True)
 class LoopRule:
@@ -165,6 +170,21 @@ class ThinkingMachine:
             self._answer(token)
         else:
             self._close(token)
+
+    @property
+    def num_quiet(self) -> float:
+        """How many next tokens only count, as long as none of them is in `alarms`: `pass_over` may take them."""
+        if self.mode == OUTSIDE:
+            return float("inf")
+        return max(0, self._quiet - self.num_thinking) if self.mode == THINKING else 0
+
+    def pass_over(self, tokens: Sequence[int]) -> None:
+        """Go on by at most `num_quiet` tokens of which none is in the markers' `alarms`: `feed`, but at once."""
+        self.num_tokens += len(tokens)
+        if self.mode == THINKING:
+            self.num_thinking += len(tokens)
+        self._tail.extend(tokens[-self._memory :])
+        del self._tail[: -self._memory]
 
     def close(self, reason: str) -> None:
         """End the open thought from the next token on; nothing if none is open."""

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from vllm_puzzle.kernels import thinking
 from vllm_puzzle.kernels.thinking import PHRASE_SHARE, ThinkingLimits, ThinkingMarkers
+from vllm_puzzle.kernels.variant import Variant
 
 # End reasons by their number in a state row.
 REASONS = (None, thinking.NATURAL, thinking.BUDGET, thinking.LOOP, thinking.TOOL_CALL, thinking.USER)
@@ -138,6 +139,27 @@ def launch_thinking(
         ROW_SIZE=ROW_SIZE, M=tables.table.shape[0], L=tables.table.shape[1], Q=tables.queue.shape[0],
         R=runs.shape[1], ROWS=triton.next_power_of_2(max_rows), BLOCK=SCAN_BLOCK, num_warps=1,
     )  # fmt: skip
+
+
+def variants() -> tuple[Variant, ...]:
+    """The kernel for tables and batches of several sizes; a server compiles the one of its own markers."""
+    pointers = ("slots", "local_positions", "input_ids", "all_token_ids", "prompt_len", "total_len")
+    tables = ("rows", "runs_ptr", "table_ptr", "sizes_ptr", "queue")
+    signature = {"logits": "*fp32", "boundaries": "*i8"} | dict.fromkeys((*pointers, *tables), "*i32")
+    numbers = set(_thinking_kernel.arg_names) - set(signature) - {"ROW_SIZE", "M", "L", "Q", "R", "ROWS", "BLOCK"}
+    signature |= dict.fromkeys(sorted(numbers), "i32")
+    shapes = (((2, 1, 1), 1), ((4, 4, 8), 8), ((16, 16, 256), 16))
+    return tuple(
+        Variant(
+            name=f"thinking M{m} L{length} Q{q} rows{rows}",
+            kernel=_thinking_kernel,
+            signature=signature,
+            constexprs={"M": m, "L": length, "Q": q, "ROWS": rows, "R": 64, "ROW_SIZE": ROW_SIZE, "BLOCK": SCAN_BLOCK},
+            num_warps=1,
+            num_stages=1,
+        )
+        for (m, length, q), rows in shapes
+    )
 
 
 # --- device code ---------------------------------------------------------------------------------------------------

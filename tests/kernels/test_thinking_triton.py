@@ -1,4 +1,4 @@
-"""The device kernel computes what the thinking machine computes: random batches, and machine code without spills.
+"""The device kernel computes what the thinking machine computes: random batches.
 
 Without a GPU the kernel runs under Triton's interpreter, in one process of its own: Triton reads TRITON_INTERPRET when
 the kernel is defined, and this process may have defined it before.
@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 from vllm_puzzle.kernels import thinking_triton
 from vllm_puzzle.kernels.thinking import LoopRule, ThinkingLimits, ThinkingMarkers
 from vllm_puzzle.kernels.thinking_triton import Column, MarkerTables, state_row
@@ -70,42 +67,6 @@ def test_every_case_of_the_streams_is_looked_at_and_thoughts_ended_in_every_way(
 @pytest.mark.parametrize("case", CASES)
 def test_the_compiled_kernel_does_too(compiled: Outcome, case: str) -> None:
     check(compiled, case)
-
-
-POINTERS = {"logits": "*fp32", "boundaries": "*i8"} | dict.fromkeys(
-    ("slots", "local_positions", "input_ids", "all_token_ids", "prompt_len", "total_len", "rows", "runs_ptr",
-     "table_ptr", "sizes_ptr", "queue"), "*i32",
-)  # fmt: skip
-NUMBERS = (
-    "logits_stride",
-    "num_rows",
-    "all_token_ids_stride",
-    "num_starts",
-    "num_ends",
-    "phrase_size",
-    "queue_size",
-    "vocab_size",
-)
-
-
-@pytest.mark.parametrize(
-    ("shape", "rows"), [((2, 1, 1), 1), ((4, 4, 8), 8), ((8, 8, 64), 16), ((16, 16, 256), 16)], ids=str
-)
-def test_it_compiles_for_hopper_without_spills(shape: tuple[int, int, int], rows: int, tmp_path: Path) -> None:
-    sizes = dict(zip("MLQ", shape, strict=True)) | {"ROW_SIZE": 32, "R": 64, "ROWS": rows, "BLOCK": 512}
-    signature = POINTERS | dict.fromkeys(NUMBERS, "i32") | dict.fromkeys(sizes, "constexpr")
-    names = thinking_triton._thinking_kernel.arg_names
-    source = triton.compiler.ASTSource(
-        thinking_triton._thinking_kernel, {name: signature[name] for name in names}, constexprs=sizes
-    )
-    program = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(program.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    report = subprocess.run([str(tool), "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
-    assert usage["STACK"] == usage["LOCAL"] == 0, report
-    assert usage["REG"] <= 128, report
 
 
 def test_tables_hold_the_markers_right_aligned() -> None:

@@ -1,0 +1,71 @@
+"""Compile every shipped configuration for Hopper, without a GPU: `cross_compile.py` prints JSON, one entry each.
+
+Runs in a process of its own, under whichever Triton is first on the path, never under the interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+HOPPER = ("cuda", 90, 32)
+
+
+def compile_one(name: str) -> dict[str, Any]:
+    """Resources and instructions of one configuration, or the compiler's error."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from vllm_puzzle.kernels.variant import shipped
+
+    variant = next(variant for variant in shipped() if variant.name == name)
+    names = variant.kernel.arg_names
+    signature = {key: variant.signature.get(key, "constexpr") for key in names}
+    attributes = {(names.index(key),): [["tt.divisibility", 16]] for key in variant.aligned}
+    source = triton.compiler.ASTSource(variant.kernel, signature, constexprs=dict(variant.constexprs), attrs=attributes)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    try:
+        program = triton.compile(source, target=GPUTarget(*HOPPER), options=options)
+    except Exception as error:
+        return {"name": name, "error": f"{type(error).__name__}: {error}"[-2000:]}
+    return {"name": name, "shared": program.metadata.shared} | read(program.asm["cubin"])
+
+
+def read(cubin: bytes) -> dict[str, Any]:
+    """What the disassembler says of one program."""
+    import triton
+
+    tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    numbers = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return numbers | {
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.M)),
+        "wgmma": len(re.findall(r"\b[HQI]GMMA\.", code)),
+        "mma": len(re.findall(r"\bHMMA\.", code)),
+        "tma": len(re.findall(r"\bUTMALDG\.", code)),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+    }
+
+
+def main() -> None:
+    import triton
+    from vllm_puzzle.kernels.variant import shipped
+
+    names = [variant.name for variant in shipped() if all(word in variant.name for word in sys.argv[1:])]
+    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+        entries = list(pool.map(compile_one, names))
+    print(json.dumps({"triton": triton.__version__, "variants": entries}))
+
+
+if __name__ == "__main__":
+    main()
