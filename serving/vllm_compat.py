@@ -43,6 +43,7 @@ def use_record_sizes(model_type: str) -> None:
 
 HARMONY_CALL = 200012  # <|call|>, ends a turn that calls a tool
 HARMONY_VOCABULARY = 201088
+HARMONY_TEXTS = ("REASONING", "CONTENT")
 
 
 def use_gpt_oss_defaults(architecture: str) -> None:
@@ -295,9 +296,29 @@ def fork_engine_core() -> None:
     engine_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
 
 
+def reasoning_config(engine_client: Any) -> Any:
+    """vLLM's ReasoningConfig; None without a reasoning parser.
+
+    vLLM makes none for the parser that it chooses by itself, as for gpt-oss; an empty one stands for that.
+    """
+    from vllm.config.reasoning import ReasoningConfig
+
+    config = engine_client.vllm_config
+    found = getattr(config, "reasoning_config", None)
+    chosen = getattr(getattr(config, "structured_outputs_config", None), "reasoning_parser", "")
+    return ReasoningConfig() if found is None and chosen else found
+
+
+def harmony_kind(channel: str | None, recipient: str | None) -> str:
+    """What a Harmony message is to vLLM: one of HARMONY_TEXTS, TOOL or IGNORE."""
+    from vllm.parser.harmony import _SegmentType
+
+    return _SegmentType.from_channel_and_recipient(channel, recipient).name
+
+
 def thinking_texts(engine_client: Any) -> tuple[str, str]:
     """(start, end) of a thought as the engine's reasoning parser knows them; empty where it knows none."""
-    config = getattr(engine_client.vllm_config, "reasoning_config", None)
+    config = reasoning_config(engine_client)
     tokenizer = getattr(engine_client.renderer, "tokenizer", None)
     if config is None or not config.enabled or tokenizer is None:
         return "", ""
