@@ -142,7 +142,7 @@ def _progress() -> Any:
         now = time.monotonic()
         if now - last > SECONDS_BETWEEN_LINES:
             last = now
-            print(f"[vllm-puzzle {now - started:5.0f} s] layer {done} of {total} passes", file=sys.stderr, flush=True)
+            print(f"[vllm-puzzle {now - started:5.0f} s] layer pass {done} of {total}", file=sys.stderr, flush=True)
 
     return say
 

@@ -341,6 +341,27 @@ def test_a_model_that_the_reference_does_not_define_is_refused(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_folder_that_names_remote_code_is_planned_without_it_and_not_without_a_tokenizer(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model, file = tmp_path / "model", tmp_path / "plan.json"
+    config = checkpoints.deci_config(checkpoints.ALL_KINDS[:3], vocab_size=272)
+    assert "auto_map" in config
+    checkpoints.write_checkpoint(model, config)
+    (tmp_path / "a.txt").write_text("some words")
+    arguments = ("plan", model, "--data", tmp_path / "a.txt", "--out", file)
+    assert fuse(*arguments) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"model {model}: found no tokenizer" in error
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_text((PUZZLE / name).read_text())
+    assert fuse(*arguments) == 0
+    out, error = capsys.readouterr()
+    assert out.startswith("model: 3 layers, 10 tokens of a.txt, float32\n\nnothing to fuse: ")
+    assert out.splitlines()[-1] == "--puzzle-ffn-fusion off"
+
+
 def test_the_pocket_model_is_planned_from_end_to_end_and_again_from_its_matrix(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
