@@ -12,6 +12,7 @@ little, and 5-7, which takes the last FFN too, costs more; with thinking on erro
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from vllm_puzzle.bench.pocket_decode import PocketModel, accuracy
 from vllm_puzzle.bench.pocket_eval import SEED
 from vllm_puzzle.bench.pocket_export import load
 from vllm_puzzle.bench.pocket_tasks import Item, heldout
-from vllm_puzzle.bench.pocket_tokenizer import END, END_THINK, PAD, encode, render
+from vllm_puzzle.bench.pocket_tokenizer import END, END_THINK, PAD, decode, encode, render
 from vllm_puzzle.model_configs.ffn_fusion import FusionPlan, plan_fusion, read_fusion
 from vllm_puzzle.model_configs.schema import LayerRecord
 from vllm_puzzle.serving.preflight import POCKET
@@ -152,12 +153,23 @@ def _where() -> dict[str, Any]:
     }
 
 
+def write_text(file: Path, per_cell: int = 13) -> None:
+    """The held-out questions with their right replies, thinking on, as data for `vllm-puzzle fuse plan --data`."""
+    texts = (decode(ids) for ids, _ in replies(heldout(SEED, per_cell), thinking=True))
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
 def main() -> None:
-    """Measure, print a table, write OUT (default: beside the other results)."""
-    default = Path(__file__).parent / "results" / "ffn-fusion-pocket.json"
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else default
+    """Measure, print a table, write OUT (default: beside the other results); or write the text alone."""
+    parser = argparse.ArgumentParser(description="what FFN Fusion does to the pocket model")
+    parser.add_argument("out", nargs="?", type=Path, default=Path(__file__).parent / "results/ffn-fusion-pocket.json")
+    parser.add_argument("--text", type=Path, metavar="JSONL", help="only write the held-out text, for `fuse plan`")
+    options = parser.parse_args()
+    if options.text is not None:
+        write_text(options.text)
+        return
     found = measure()
-    target.write_text(json.dumps(found, indent=1) + "\n")
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
     print(format_rows(found["rows"]))
 
 

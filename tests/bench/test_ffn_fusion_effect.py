@@ -77,6 +77,14 @@ def test_replies_are_whole_turns_of_both_modes() -> None:
         assert decode(ids[:prompt]).endswith("<think>" if thinking else "</think>")
 
 
+def test_the_text_for_the_planner_is_the_replies(tmp_path: Path) -> None:
+    effect.write_text(tmp_path / "text.jsonl", per_cell=1)
+    lines = [json.loads(line) for line in (tmp_path / "text.jsonl").read_text().splitlines()]
+    assert len(lines) == 41
+    assert all(line.keys() == {"text"} and line["text"].startswith("<|user|>") for line in lines)
+    assert all(line["text"].count("</think>") == 1 and line["text"].endswith("<|end|>") for line in lines)
+
+
 def test_the_committed_results_are_of_the_plans_and_make_a_table(root: Path) -> None:
     found = json.loads((root / "bench" / "results" / "ffn-fusion-pocket.json").read_text())
     assert [(row["runs"], row["norm"]) for row in found["rows"]] == list(effect.PLANS)
