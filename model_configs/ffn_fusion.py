@@ -94,6 +94,15 @@ class FusionPlan:
         """The plan in the flag's own words, every run one of its own: `42-50,53-61,62-69`; `off` when empty."""
         return ",".join(f"{ffn.layers[0]}-{ffn.layers[-1]}" for ffn in self.ffns) or "off"
 
+    @property
+    def sentence(self) -> str:
+        """What the plan does, in one line for the user."""
+        if not self.ffns:
+            return "FFN Fusion: found no run of attention-free layers to fuse, so nothing changes"
+        runs = ", ".join(f"{f.layers[0]}-{f.layers[-1]} ({len(f.parts)} FFNs, {f.width} wide)" for f in self.ffns)
+        norms = {"own": "each FFN keeps its norm", "last": "the last layer's norm for all"}[self.ffns[0].norm]
+        return f"FFN Fusion: layers {runs} as one FFN each, {norms}; this changes what the model answers"
+
 
 def read_fusion(value: Any, place: str = PLACE) -> Fusion | None:
     """The wish that a value of `puzzle_ffn_fusion` states: a string, or {"runs": string, "norm": "own" or "last"}.
@@ -118,6 +127,12 @@ def read_fusion(value: Any, place: str = PLACE) -> Fusion | None:
     if text == "off":
         return None
     return Fusion(None if text == "auto" else _read_runs(text, place), str(norm))
+
+
+def requested_plan(record: ModelRecord, config: Mapping[str, Any], place: str = PLACE) -> FusionPlan:
+    """What a config.json's `puzzle_ffn_fusion` asks for; an empty plan when it is off or absent."""
+    fusion = read_fusion(config.get(KEY), place)
+    return FusionPlan() if fusion is None else plan_fusion(record, fusion, place)
 
 
 def _read_runs(text: str, place: str) -> tuple[Run, ...]:

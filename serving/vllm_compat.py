@@ -153,10 +153,10 @@ def _kv_cache_planner() -> Any:
     return planner
 
 
-def refuse_expert_adapters() -> None:
-    """Leave `experts` out of the modules that take LoRA adapters, in models that say `has_expert_lora = False`.
-
-    vLLM then refuses an adapter for them while it loads (ConfigError). Other models are untouched. Repeatable.
+def refuse_unfit_adapters() -> None:
+    """Leave `experts` out of the modules that take LoRA adapters, in models that say `has_expert_lora = False`, and
+    refuse an adapter for FFNs that are fused: vLLM would drop it where a layer has become empty, and misplace it where
+    the wide FFN is. ConfigError while it loads. Other models are untouched. Repeatable.
     """
     from vllm.lora import model_manager
     from vllm.lora.worker_manager import WorkerLoRAManager
@@ -173,7 +173,7 @@ def refuse_expert_adapters() -> None:
 
     def load_or_refuse(self: Any, lora_request: Any) -> Any:
         try:
-            return load(self, lora_request)
+            adapter = load(self, lora_request)
         except ValueError as error:
             if has_expert_lora(self._adapter_manager.model) or ".experts" not in str(error):
                 raise
@@ -181,6 +181,15 @@ def refuse_expert_adapters() -> None:
                 f"adapter {lora_request.lora_path}: found weights for experts, allowed: for any other matrix "
                 "(vLLM has no adapters for experts whose number differs by layer)"
             ) from None
+        served = getattr(self._adapter_manager.model, "served", None)
+        for ffn in served.requested.ffns if served is not None else ():
+            parts = tuple(f"{part.prefix}.mlp." for part in ffn.parts)
+            if named := sorted(name for name in adapter.loras if name.startswith(parts)):
+                raise ConfigError(
+                    f"adapter {lora_request.lora_path}: found weights for {named[0]}, allowed: for any matrix beside "
+                    f"the FFNs of layers {ffn.layers[0]}-{ffn.layers[-1]}, which are fused (--puzzle-ffn-fusion)"
+                )
+        return adapter
 
     supported._puzzle_leaves_experts_out = True  # type: ignore[attr-defined]
     model_manager.get_supported_lora_modules = supported

@@ -143,7 +143,8 @@ LEDGER = (
     ),
     LedgerEntry(
         target="vllm.lora.worker_manager:WorkerLoRAManager._load_adapter",
-        why="as above: vLLM's refusal lists every tensor of every expert; wrapped to say it in one line",
+        why="as above: vLLM's refusal lists every tensor of every expert; wrapped to say it in one line, and to refuse "
+        "an adapter for FFNs that are fused, of which vLLM would drop or misplace the weights",
         upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/lora/lora_model.py",
         remove_when="as above",
     ),
