@@ -281,7 +281,7 @@ def precision_limits(model: str) -> tuple[bool, bool]:
 
 def _check_weights(path: Path, config: dict[str, Any], record: ModelRecord | None, plan: FusionPlan) -> None:
     """Headers of all safetensors files: whole, and (for the models our class serves) exactly the right tensors."""
-    files = _weight_files(path)
+    files = weight_files(path)
     account = quantization = None
     if record is not None and is_ours(record):
         quantization = load_quantization(record, path, config)
@@ -314,7 +314,8 @@ def _check_shared_numbers(files: Sequence[Path], table: Mapping[str, Place]) -> 
                     raise unequal(place)
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a model folder, none where its weights are in another format. Raises WeightsError."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
