@@ -110,15 +110,18 @@ def _plan(options: argparse.Namespace) -> int:
 def _measure(options: argparse.Namespace, record: ModelRecord, checkpoint: Any) -> tuple[Any, dict[str, Any]]:
     import torch
     from vllm_puzzle.serving.fuse.checkpoint import LayerwiseModel
-    from vllm_puzzle.serving.fuse.data import load_tokenizer, read_data
+    from vllm_puzzle.serving.fuse.data import read_data
     from vllm_puzzle.serving.fuse.dependency import dependency_matrix
+    from vllm_puzzle.serving.tokenizer_folder import load_tokenizer
 
     if options.data is None:
         raise ConfigError("flag --data: found nothing, allowed: a JSONL or text file (or --matrix PLAN)")
     max_tokens = _integer("--max-tokens", options.max_tokens, 1)
     length = min(_integer("--sequence-length", options.sequence_length, 2), record.max_position_embeddings)
     model = LayerwiseModel(record, checkpoint, getattr(torch, options.dtype))
-    data = read_data(options.data, load_tokenizer(options.model), max_tokens, length, record.vocab_size)
+    data = read_data(
+        options.data, load_tokenizer(options.model, f"model {options.model}"), max_tokens, length, record.vocab_size
+    )
     matrix = dependency_matrix(model, data.sequences, _progress())
     return matrix, {
         "model": options.model.resolve().name,

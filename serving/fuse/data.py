@@ -42,25 +42,6 @@ class Data:
         return sum(map(len, self.sequences))
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model folder, without its remote code. Raises ConfigError where there is none."""
-    from transformers import AutoConfig, AutoTokenizer, logging  # seconds of imports
-    from vllm_puzzle.serving.hf_config import CONFIGS
-
-    for config_class in CONFIGS:  # transformers looks at the configuration first, and knows not all of them
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what it says about the configuration's class matters to no tokenizer
-    try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever it dies of: without a tokenizer there is nothing to measure on
-        what = " ".join(str(error).split())[:200]
-        raise ConfigError(f"model {folder}: found no tokenizer ({what}), allowed: one beside the weights") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    return tokenizer
-
-
 def read_data(file: Path, tokenizer: Tokenizer, max_tokens: int, sequence_length: int, vocab_size: int) -> Data:
     """The first `max_tokens` tokens of a file, cut into sequences of at most `sequence_length`.
 

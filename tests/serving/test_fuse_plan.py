@@ -21,6 +21,7 @@ from vllm_puzzle.serving import cli
 from vllm_puzzle.serving.fuse import data, heat_map, plan, report
 from vllm_puzzle.serving.fuse.checkpoint import CheckpointTensors
 from vllm_puzzle.serving.preflight import POCKET
+from vllm_puzzle.serving.tokenizer_folder import load_tokenizer
 
 PUZZLE = POCKET / "puzzle"
 EMBEDDING = "model.embed_tokens.weight"
@@ -233,7 +234,7 @@ def test_colours_darken_from_nothing_to_the_greatest_distance() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> data.Tokenizer:
-    return data.load_tokenizer(PUZZLE)
+    return load_tokenizer(PUZZLE, "model")
 
 
 def read(tokenizer: data.Tokenizer, file: Path, text: str | bytes, max_tokens: int = 1000) -> list[str]:
