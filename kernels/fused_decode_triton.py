@@ -32,6 +32,38 @@ def _new_key(k, k_row, dims, half, is_dim, cos, sin, scale, is_writer, QUANTISE:
 
 
 @triton.jit
+def _older_keys(
+    q1, q2, top, total, sums, k_heads, v_heads, pages, seq_len, window, num_sink_tokens, dims, columns, half, page_size,
+    k_block, k_page, v_block, v_page, scale, P_DTYPE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The running softmax after the first tokens, where some stay in view, and the window: (total, sums)."""
+    begin = tl.maximum(seq_len - window, 0)
+    kept = tl.minimum(num_sink_tokens, begin)
+    count = kept + seq_len - 1 - begin
+    is_dim, is_column = (dims < half)[:, None], (columns < 2 * half)[None, :]
+    for start in tl.range(0, count, TILE):
+        index = start + tl.arange(0, TILE)
+        is_key = index < count
+        key = tl.where(index < kept, index, index - kept + begin)
+        page = tl.load(pages + key // page_size, mask=is_key, other=0).to(tl.int64)
+        row = (key % page_size).to(tl.int64)
+        k_at = (k_heads + page * k_block + row * k_page)[None, :] + dims[:, None]
+        v_at = (v_heads + page * v_block + row * v_page)[:, None] + columns[None, :]
+        k1 = tl.load(k_at, mask=is_dim & is_key[None, :], other=0.0)
+        k2 = tl.load(k_at + half, mask=is_dim & is_key[None, :], other=0.0)
+        values = tl.load(v_at, mask=is_key[:, None] & is_column, other=0.0)
+        scores = tl.dot(q1, k1.to(q1.dtype), input_precision="ieee")
+        scores = tl.dot(q2, k2.to(q1.dtype), scores, input_precision="ieee") * scale
+        scores = tl.where(is_key[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        shrink, weights = tl.exp2(top - new_top), tl.exp2(scores - new_top[:, None])
+        total = total * shrink + tl.sum(weights, axis=1)
+        sums = tl.dot(weights.to(P_DTYPE), values.to(P_DTYPE), sums * shrink[:, None], input_precision="ieee")
+        top = new_top
+    return total, sums
+
+
+@triton.jit
 def fused_decode_kernel(
     q, k, v, k_cache, v_cache, out, slots, positions, cos_sin, block_table, seq_lens, k_scale, v_scale, sinks,
     group, half, page_size, window, num_sink_tokens, softmax_scale,
@@ -55,8 +87,7 @@ def fused_decode_kernel(
 
     angles = cos_sin + tl.load(positions + sequence).to(tl.int64) * cos_sin_row + dims
     cos, sin = _load(angles, is_dim), _load(angles + half, is_dim)
-    q_at = q + sequence * q_token + heads[:, None] * q_head + dims[None, :]
-    is_q = is_head[:, None] & is_dim[None, :]
+    q_at, is_q = q + sequence * q_token + heads[:, None] * q_head + dims[None, :], is_head[:, None] & is_dim[None, :]
     q1, q2 = rotate_half(_load(q_at, is_q), _load(q_at + half, is_q), cos[None, :], sin[None, :])
     q1, q2 = q1.to(q.dtype.element_ty), q2.to(q.dtype.element_ty)
 
@@ -64,13 +95,10 @@ def fused_decode_kernel(
     by_v = tl.load(v_scale + head * v_scale_step) if QUANTISE else 1.0
     block, row, is_writer = slot // page_size, slot % page_size, tl.program_id(2) == 0
     k_heads, v_heads = k_cache + head * k_cache_head, v_cache + head * v_cache_head
-    new_k1, new_k2 = _new_key(
-        k + sequence * k_token + head * k_head, k_heads + block * k_block + row * k_page, dims, half, is_dim, cos, sin,
-        by_k, is_writer, QUANTISE,
-    )  # fmt: skip
-    new_v = stored(
-        _load(v + sequence * v_token + head * v_head + columns, is_column), by_v, QUANTISE, v_cache.dtype.element_ty
-    )
+    k_at, k_row = k + sequence * k_token + head * k_head, k_heads + block * k_block + row * k_page
+    new_k1, new_k2 = _new_key(k_at, k_row, dims, half, is_dim, cos, sin, by_k, is_writer, QUANTISE)
+    new_v = _load(v + sequence * v_token + head * v_head + columns, is_column)
+    new_v = stored(new_v, by_v, QUANTISE, v_cache.dtype.element_ty)
     tl.store(v_heads + block * v_block + row * v_page + columns, new_v, mask=is_column & is_writer)
 
     # In powers of two; the new token, and the sink if there is one, start the running softmax.
@@ -82,28 +110,9 @@ def fused_decode_kernel(
         top = tl.maximum(score, sink)
         total = tl.exp2(score - top) + tl.exp2(sink - top)
     weight = tl.exp2(score - top).to(P_DTYPE).to(tl.float32)
-    sums = weight[:, None] * new_v.to(tl.float32)[None, :]
-
-    # Older keys: the first `kept` tokens, where some stay in view, then the window.
-    begin = tl.maximum(seq_len - window, 0)
-    kept = tl.minimum(num_sink_tokens, begin)
-    count = kept + seq_len - 1 - begin
-    for start in tl.range(0, count, TILE):
-        index = start + tl.arange(0, TILE)
-        is_key = index < count
-        key = tl.where(index < kept, index, index - kept + begin)
-        page = tl.load(block_table + sequence * table_row + key // page_size, mask=is_key, other=0).to(tl.int64)
-        within = (key % page_size).to(tl.int64)
-        k_rows, v_rows = k_heads + page * k_block + within * k_page, v_heads + page * v_block + within * v_page
-        is_k, k_at = is_dim[:, None] & is_key[None, :], k_rows[None, :] + dims[:, None]
-        k1, k2 = tl.load(k_at, mask=is_k, other=0.0), tl.load(k_at + half, mask=is_k, other=0.0)
-        values = tl.load(v_rows[:, None] + columns[None, :], mask=is_key[:, None] & is_column[None, :], other=0.0)
-        scores = tl.dot(q1, k1.to(q1.dtype), input_precision="ieee")
-        scores = tl.dot(q2, k2.to(q1.dtype), scores, input_precision="ieee") * scale
-        scores = tl.where(is_key[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        shrink, weights = tl.exp2(top - new_top), tl.exp2(scores - new_top[:, None])
-        total = total * shrink + tl.sum(weights, axis=1)
-        sums = tl.dot(weights.to(P_DTYPE), values.to(P_DTYPE), sums * shrink[:, None], input_precision="ieee")
-        top = new_top
+    total, sums = _older_keys(
+        q1, q2, top, total, weight[:, None] * new_v.to(tl.float32)[None, :], k_heads, v_heads,
+        block_table + sequence * table_row, seq_len, window, num_sink_tokens, dims, columns, half, page_size,
+        k_block, k_page, v_block, v_page, scale, P_DTYPE, TILE,
+    )  # fmt: skip
     tl.store(out_at, (sums * (by_v / total)[:, None]).to(out.dtype.element_ty), mask=is_out)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm_puzzle.kernels import attention_table
@@ -33,13 +34,16 @@ def choose_backend(
     mode = window_attention_mode()
     if spec.sliding_window is None or mode == OFF:
         return None, {}
-    reasons = obstacles(spec, config)
+    cache_dtype = _cache_dtype(spec, config, prefix)
+    reasons = obstacles(spec, config, cache_dtype)
     if reasons and mode == ON:
-        raise ConfigError(f"flag {FLAG}: found on, allowed: {AUTO} or {OFF}, as {'; '.join(reasons)}")
+        raise ConfigError(f"flag {FLAG}: found on, allowed: {AUTO} or {OFF}, as {'; '.join(reasons)} ({prefix})")
     row = None
     if mode == AUTO and not reasons:
-        name = current_platform.get_device_name()
-        row = attention_table.choose(name, spec.head_dim, _cache_name(config), spec.sliding_window)
+        cache_name = CACHE_NAMES.get(cache_dtype, str(torch.get_default_dtype()).removeprefix("torch."))
+        row = attention_table.choose(
+            current_platform.get_device_name(), spec.head_dim, cache_name, spec.sliding_window + spec.num_sink_tokens
+        )
     if mode == AUTO and row is None:
         return None, {}
     from vllm_puzzle.serving.window_attention_backend import WindowAttentionBackend  # late: only where it is used
@@ -63,7 +67,7 @@ def can_rotate(rotary: nn.Module, head_dim: int) -> bool:
     return bool(getattr(rotary, "is_neox_style", False)) and shape[-1] == head_dim
 
 
-def obstacles(spec: Attention, config: VllmConfig) -> list[str]:
+def obstacles(spec: Attention, config: VllmConfig, cache_dtype: str) -> list[str]:
     """Why our backend cannot run this layer here, in vLLM's words; nothing where it can."""
     if not current_platform.is_cuda() and not (current_platform.is_cpu() and is_interpreting()):
         return ["it runs on NVIDIA GPUs (on a CPU under TRITON_INTERPRET=1, for tests)"]
@@ -75,7 +79,7 @@ def obstacles(spec: Attention, config: VllmConfig) -> list[str]:
     return WindowAttentionBackend.validate_configuration(
         head_size=spec.head_dim,
         dtype=torch.get_default_dtype(),
-        kv_cache_dtype=cache.cache_dtype,
+        kv_cache_dtype=cache_dtype,
         block_size=cache.block_size if cache.user_specified_block_size else None,
         use_mla=False,
         has_sink=spec.has_sinks,
@@ -85,11 +89,15 @@ def obstacles(spec: Attention, config: VllmConfig) -> list[str]:
         device_capability=current_platform.get_device_capability(),
         attn_type="decoder",
         has_sliding_window=True,
+        use_batch_invariant=envs.VLLM_BATCH_INVARIANT,
         use_pcp=parallel.prefill_context_parallel_size > 1,
         use_dcp=parallel.decode_context_parallel_size > 1,
     )
 
 
-def _cache_name(config: VllmConfig) -> str:
-    dtype = str(config.cache_config.cache_dtype)
-    return CACHE_NAMES.get(dtype, str(torch.get_default_dtype()).removeprefix("torch."))
+def _cache_dtype(spec: Attention, config: VllmConfig, prefix: str) -> str:
+    """The layer's own: `--kv-cache-dtype-skip-layers` names layers, or all with a window that vLLM knows of."""
+    skipped = config.cache_config.kv_cache_dtype_skip_layers or ()
+    number = next((part for part in prefix.split(".") if part.isdigit()), "")
+    is_skipped = number in skipped or ("sliding_window" in skipped and not spec.num_sink_tokens)
+    return "auto" if is_skipped else str(config.cache_config.cache_dtype)

@@ -179,7 +179,24 @@ def far_away(device: str) -> dict[str, float]:
     return {"codes": differ, "neighbours": 0, "q": 0.0}
 
 
-def decode(case: Case, device: str) -> dict[str, float]:
+def launched(launch: Callable[[], None], changing: list[Tensor], in_graph: bool) -> None:
+    """Launch now; or capture a CUDA graph while `changing` (slots, lengths) hold padding, and replay it."""
+    if not in_graph:
+        launch()
+        return
+    values = [tensor.clone() for tensor in changing]
+    for tensor, padding in zip(changing, (-1, 1), strict=True):
+        tensor.fill_(padding)
+    launch()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    for tensor, value in zip(changing, values, strict=True):
+        tensor.copy_(value)
+    graph.replay()
+
+
+def decode(case: Case, device: str, in_graph: bool = False) -> dict[str, float]:
     from vllm_puzzle.kernels import fused_decode, reference
 
     case = {"KH": 2, "H": 8, "D": 64} | case
@@ -206,7 +223,8 @@ def decode(case: Case, device: str) -> dict[str, float]:
         fill(k_cache, v_cache, table, lengths, case)
         if module is fused_decode:
             out = torch.full_like(q, float("nan"))
-            fused_decode.fused_decode(q, k, v, k_cache, v_cache, out, **shared)
+            arguments = (q, k, v, k_cache, v_cache, out)
+            launched(lambda: fused_decode.fused_decode(*arguments, **shared), [slots, seq_lens], in_graph)  # noqa: B023
         else:
             out = reference.fused_decode(q, k, v, k_cache, v_cache, **shared)
         wholes.append(whole)
@@ -243,6 +261,8 @@ def main(device: str) -> None:
         **{f"write: {name}": lambda case=case: write(case, device) for name, case in WRITES.items()},
         "write: an offset beyond 2³¹": lambda: far_away(device),
         **{f"decode: {name}": lambda case=case: decode(case, device) for name, case in DECODES.items()},
+        **{f"graph: {name}": lambda case=case: decode(case, device, True)
+           for name, case in DECODES.items() if device != "cpu"},
     }  # fmt: skip
     found = {}
     for name, run in runs.items():

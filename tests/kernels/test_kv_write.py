@@ -57,8 +57,8 @@ def check_write(outcome: Outcome, name: str) -> None:
     assert found["q"] <= 1, found
 
 
-def check_decode(outcome: Outcome, name: str) -> None:
-    found = outcome[f"decode: {name}"]
+def check_decode(outcome: Outcome, name: str, how: str = "decode") -> None:
+    found = outcome[f"{how}: {name}"]
     assert found["codes"] == 0, found
     assert found["error"] <= 1, found
 
@@ -87,6 +87,12 @@ def test_compiled_stored_codes_are_the_twins_to_the_bit(compiled: Outcome, name:
 @pytest.mark.parametrize("name", DECODES)
 def test_compiled_one_launch_equals_rotation_write_and_attention(compiled: Outcome, name: str) -> None:
     check_decode(compiled, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", DECODES)
+def test_a_cuda_graph_captured_on_padding_replays_any_batch(compiled: Outcome, name: str) -> None:
+    check_decode(compiled, name, "graph")
 
 
 def test_the_twin_saturates_rounds_to_even_and_keeps_nan() -> None:
