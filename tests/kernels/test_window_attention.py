@@ -27,7 +27,7 @@ PROPERTIES = (
       for what in ("no window is a window as long as the context", "a sink of minus infinity is none",
                    "where pages lie changes nothing")),
     *(f"{rows} rows: {splits} splits say what one says" for rows in ("few", "many") for splits in (2, 3)),
-    "blocks beyond 2^31", "rows beyond 2^31",
+    "a query beyond float16's range", "blocks beyond 2^31", "rows beyond 2^31",
 )  # fmt: skip
 Results = dict[str, dict[str, Any]]
 
