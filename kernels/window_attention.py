@@ -6,8 +6,9 @@ padded sequences (length 0) cost a program that ends at once.
 
 Least time: every live key and value read once, `2 · KV heads · (min(length, window) + sinks) · head_dim · bytes` per
 sequence, over the card's copy bandwidth (kernels.md §5). Predicted, not measured: decoding stays near it, since a tile
-of 128 keys at D=128 takes about 1,020 instructions per warp (read off the machine code) where the bandwidth of a 132-SM
-card leaves about 2,400 cycles; at windows of 128 a launch costs more than the bytes.
+of 128 keys at D=128 takes about 1,000 instructions per warp (read off the machine code) where 132 SMs that share 3 TB/s
+have about 2,400 cycles; at a window of 128 a launch costs more than the bytes. Prefill from e4m3 is bound by issue as
+much as by products (540 instructions per warp to 512 cycles of matrix work): about half of the matrix peak.
 """
 
 from __future__ import annotations

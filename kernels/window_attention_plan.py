@@ -44,17 +44,21 @@ def padded_dim(head_dim: int) -> int:
 
 
 def choose_config(cache_dtype: torch.dtype, head_dim: int, num_rows: int) -> Config:
-    """For blocks of `num_rows` rows (query tokens · group). At D=256 one form does for both: few warps hold no 16 rows.
+    """For blocks of `num_rows` rows (query tokens · group). Read off the machine code, not timed (kernels.md §2.1).
 
-    Five stages keep two tiles on their way while one is used, because the block table is read two steps ahead.
+    Five stages keep two tiles on their way while one is used, because the block table is read two steps ahead. At D=256
+    one form does for both: 16 rows of 256 sums and 256 queries would be too many registers for a warp. 64 rows at a
+    time leave room for a second program on the SM, so that one converts codes while the other multiplies; a 16-bit
+    cache has nothing to convert, and 128 rows take a fifth fewer instructions.
     """
-    padded = padded_dim(head_dim)
+    padded, is_fp8 = padded_dim(head_dim), cache_dtype.itemsize == 1
     if padded == 256:
         return Config(rows_kernel, rows=64, tile=32, num_warps=8, num_stages=5)
-    if num_rows > 16:
+    if num_rows <= 16:
+        return Config(decode_kernel, rows=16, tile=128 if is_fp8 or padded == 64 else 64, num_warps=4, num_stages=5)
+    if is_fp8 or padded == 64:
         return Config(rows_kernel, rows=64, tile=64, num_warps=4, num_stages=5)
-    tile = 64 if padded == 128 and cache_dtype.itemsize > 1 else 128
-    return Config(decode_kernel, rows=16, tile=tile, num_warps=4, num_stages=5)
+    return Config(rows_kernel, rows=128, tile=64, num_warps=8, num_stages=5)
 
 
 def modelled_time(num_programs: int, num_tiles: int, splits: int, num_sms: int) -> float:
@@ -152,7 +156,7 @@ def _variant(cache_dtype: torch.dtype, head_dim: int, num_rows: int) -> Variant:
     pointers["v_cache"] = "*i16" if is_decode and name == "fp8e4nv" else f"*{name}"
     numbers = [key for key in config.kernel.arg_names if key not in pointers and key not in constexprs]
     return Variant(
-        name=f"{'decode' if is_decode else 'rows'} {name} D{head_dim}",
+        name=f"attention {'decode' if is_decode else 'rows'} {name} D{head_dim}",
         kernel=config.kernel,
         signature=pointers | {key: "fp32" if key == "softmax_scale" else "i32" for key in numbers},
         constexprs=constexprs,
@@ -168,7 +172,7 @@ def _reduce_variant() -> Variant:
                 "seq_lens": "*i32", "query_start_loc": "*i32"}  # fmt: skip
     numbers = [key for key in reduce_kernel.arg_names if key not in pointers and key not in REDUCE_CONSTEXPRS]
     return Variant(
-        name="reduce bf16",
+        name="attention reduce bf16",
         kernel=reduce_kernel,
         signature=pointers | dict.fromkeys(numbers, "i32"),
         constexprs=REDUCE_CONSTEXPRS,

@@ -136,7 +136,7 @@ def load_queries(
     offsets = (q_start + tokens).to(tl.int64) * q_token_stride + heads * q_head_stride
     mask = is_row[:, None] & (dims < head_dim)[None, :]
     values = tl.load(q + offsets[:, None] + dims[None, :], mask=mask, other=0.0)
-    if KIND == tl.float16:  # noqa: SIM300
+    if KIND != q.dtype.element_ty and KIND == tl.float16:  # noqa: SIM300
         values = tl.clamp(values.to(tl.float32), -FP16_MAX, FP16_MAX)
     return values.to(KIND)
 

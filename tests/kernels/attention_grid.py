@@ -262,6 +262,10 @@ def properties(device: str) -> dict[str, Result]:
             error, worst = relative(split, single.float())
             key = f"{name} rows: {splits} splits say what one says"
             results[key] = {"error": error, "worst": worst, "bound": BOUNDS[FP16], "holds": True}
+    case = Case(AROUND, dtype=BF16)
+    arguments = make(case, device)
+    arguments["q"][..., 0] *= 2.0**20  # beyond fp16: one key wins, whether it is cut there or not
+    results["a query beyond float16's range"] = compare(case, arguments)
     results["blocks beyond 2^31"] = far_blocks(device)
     results["rows beyond 2^31"] = far_rows(device)
     return results
