@@ -11,7 +11,7 @@ import re
 from vllm_puzzle.model_configs.schema import ConfigError
 
 Batch = tuple[tuple[int, int], ...]
-GROUP = re.compile(r"(?P<count>\d+)?q(?P<query>\d+)(?P<qk>k)?(?:s(?P<seq>\d+)(?P<sk>k)?)?")
+GROUP = re.compile(r"(?P<count>\d+)?q(?P<query>\d+k?)(?:s(?P<seq>\d+k?))?")
 MAX_SEQUENCES = 65536
 
 
@@ -23,8 +23,8 @@ def parse_batch(text: str) -> Batch:
         if match is None:
             raise ConfigError(f"batch {text!r}: found group {group!r}, allowed: [count]q<n>[k][s<n>[k]], as 64q1s4k")
         count = int(match["count"] or 1)
-        query = int(match["query"]) * (1024 if match["qk"] else 1)
-        seq = int(match["seq"]) * (1024 if match["sk"] else 1) if match["seq"] else query
+        query = parse_number(match["query"])
+        seq = parse_number(match["seq"]) if match["seq"] else query
         if not 1 <= query <= seq or not 1 <= count <= MAX_SEQUENCES:
             raise ConfigError(
                 f"batch {text!r}, group {group!r}: found {count} sequences of {query} queries and {seq} tokens, "
@@ -48,6 +48,11 @@ def format_batch(batch: Batch) -> str:
 def _format_group(count: int, query: int, seq: int) -> str:
     context = "" if query == seq else f"s{short(seq)}"
     return f"{count if count > 1 else ''}q{short(query)}{context}"
+
+
+def parse_number(text: str) -> int:
+    """8k → 8192, 1000 → 1000."""
+    return int(text.removesuffix("k")) * (1024 if text.endswith("k") else 1)
 
 
 def short(number: int) -> str:

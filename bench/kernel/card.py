@@ -6,11 +6,11 @@ import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-
 from vllm_puzzle.bench.kernel.timing import Timer, summarize
 
 COPY_BYTES = 1 << 30
@@ -28,6 +28,16 @@ class Ceilings:
     matmul_bf16: float
     matmul_fp8: float | None
     notes: str = ""
+
+    def as_row(self) -> dict[str, Any]:
+        """Columns of every row of results: TB/s and TFLOP/s."""
+        rates = {
+            "copy_tbs": self.copy,
+            "read_tbs": self.read,
+            "matmul_bf16_tflops": self.matmul_bf16,
+            "matmul_fp8_tflops": self.matmul_fp8,
+        }
+        return {key: None if value is None else round(value / 1e12, 3) for key, value in rates.items()}
 
     def flops(self, matmul: str) -> float:
         """FLOP/s of "bf16" or "fp8" products. Raises ValueError where FP8 was not measured."""
@@ -58,7 +68,7 @@ class Card:
 
     def as_row(self) -> dict[str, Any]:
         """Columns of every row of results."""
-        return asdict(self)
+        return asdict(self) | {"slug": self.slug}
 
 
 def find_card() -> Card:
@@ -100,17 +110,16 @@ def measure_ceilings(timer: Timer, device: str, copy_bytes: int = COPY_BYTES, si
     """Measure all four. Random contents: products of zeros draw less power and run faster than any real one."""
     source = torch.randn(copy_bytes // 4, device=device)
     target = torch.empty_like(source)
-    copy = 2 * copy_bytes / _seconds(timer, lambda: target.copy_(source))
-    read = copy_bytes / _seconds(timer, lambda: source.sum())
-    del source, target
+    copy = 2 * copy_bytes / _seconds(timer, partial(target.copy_, source))
+    read = copy_bytes / _seconds(timer, source.sum)
     left, right = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
     flops = 2 * side**3
-    bf16 = flops / _seconds(timer, lambda: left @ right.t())
+    bf16 = flops / _seconds(timer, partial(torch.matmul, left, right.t()))
     left8, right8 = (matrix.to(torch.float8_e4m3fn) for matrix in (left, right))
     one = torch.ones((), device=device)
     fp8, notes = None, ""
     try:
-        fp8 = flops / _seconds(timer, lambda: _fp8_product(left8, right8, one))
+        fp8 = flops / _seconds(timer, partial(_fp8_product, left8, right8, one))
     except (RuntimeError, ValueError) as error:
         notes = f"FP8 products: {str(error).splitlines()[0]}"
     return Ceilings(copy, read, bf16, fp8, notes)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
-from vllm_puzzle.bench.kernel.batch import Batch, format_batch, parse_batch, short
+from vllm_puzzle.bench.kernel.batch import Batch, format_batch, parse_batch, parse_number, short
 from vllm_puzzle.kernels import cost
 from vllm_puzzle.kernels.cost import Cost
+from vllm_puzzle.model_configs.schema import ConfigError
 
 FFN_OPS = ("gate_up", "down", "ffn")
 ATTENTION_OPS = ("decode", "verify", "prefill", "kv_write", "rope_kv_write", "fused_decode")
@@ -19,8 +22,8 @@ PRECISIONS = ("bf16", "fp8_tensor", "fp8_channel", "fp8_block")
 class FfnCase:
     """`count` parallel FFNs of one width, M tokens: gate_up alone, down alone, or both ("ffn").
 
-    `width` is one FFN's (one tensor-parallel shard's) intermediate size. FP8 activations go with FP8 weights; gate_up
-    of an FP8 model gives bf16.
+    `width` is one FFN's (one tensor-parallel shard's) intermediate size. FP8 activations go with FP8 weights. gate_up
+    gives bf16, but e4m3 where one static scale can be: "fp8_tensor".
     """
 
     op: str
@@ -29,6 +32,13 @@ class FfnCase:
     width: int
     precision: str = "bf16"
     count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.op not in FFN_OPS or self.precision not in (PRECISIONS if self.op != "ffn" else ("bf16",)):
+            raise ConfigError(
+                f"FFN case: found {self.op} in {self.precision}, allowed: gate_up and down in "
+                f"{', '.join(PRECISIONS)}; ffn in bf16"
+            )
 
     @property
     def intermediate(self) -> int:
@@ -50,11 +60,11 @@ class FfnCase:
     def cost(self) -> Cost:
         """The floor."""
         floor = {"gate_up": cost.gate_up, "down": cost.down, "ffn": cost.ffn}[self.op]
+        sizes = self.num_tokens, self.hidden, self.intermediate
         if self.precision == "bf16":
-            return floor(self.num_tokens, self.hidden, self.intermediate)
-        sizes = {"weight_bytes": cost.FP8, "activation_bytes": cost.FP8}
-        scales = self.precision.removeprefix("fp8_")
-        return floor(self.num_tokens, self.hidden, self.intermediate, **sizes, scales=scales)  # type: ignore[arg-type]
+            return floor(*sizes)
+        output = cost.FP8 if (self.op, self.precision) == ("gate_up", "fp8_tensor") else cost.BF16
+        return floor(*sizes, cost.FP8, cost.FP8, output, self.precision.removeprefix("fp8_"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +135,7 @@ class AttentionCase:
 Case = FfnCase | AttentionCase
 
 
-def decode(batch: str, window: int | None, head_dim: int = 128, cache: str = "fp8", **more: int | bool) -> AttentionCase:
+def decode(batch: str, window: int | None, head_dim: int = 128, cache: str = "fp8", **more: Any) -> AttentionCase:
     """A decode case of a batch in vLLM's grammar."""
     return AttentionCase("decode", parse_batch(batch), window, head_dim, cache, **more)
 
@@ -133,3 +143,35 @@ def decode(batch: str, window: int | None, head_dim: int = 128, cache: str = "fp
 def attention(op: str, batch: str, window: int | None = None, head_dim: int = 128, cache: str = "fp8") -> AttentionCase:
     """Any attention case of a batch in vLLM's grammar, 64 query and 8 KV heads."""
     return AttentionCase(op, parse_batch(batch), window, head_dim, cache)
+
+
+FFN_NAME = re.compile(
+    r"(?P<op>gate_up|down|ffn)-m(?P<m>\d+)-d(?P<d>\d+)-i(?:(?P<count>\d+)x)?(?P<width>\d+)-(?P<precision>\w+)"
+)
+ATTENTION_NAME = re.compile(
+    r"(?P<op>[a-z_]+)-(?P<batch>[\dqsk_]+)(?:-(?:w(?P<window>\d+k?)|full))?-h(?P<h>\d+)kv(?P<kv>\d+)d(?P<d>\d+)"
+    r"-(?P<cache>fp8|bf16)(?:-page(?P<page>\d+))?(?P<sinks>-sinks)?(?:-sink(?P<first>\d+))?(?P<perhead>-perhead)?"
+)
+
+
+def parse_case(name: str) -> Case:
+    """The case of a name, so that any size can be asked for. Raises ConfigError with two examples."""
+    if match := FFN_NAME.fullmatch(name):
+        sizes = int(match["m"]), int(match["d"]), int(match["width"])
+        case = FfnCase(match["op"], *sizes, match["precision"], int(match["count"] or 1))
+        if min(*sizes, case.intermediate) >= 1:
+            return case
+    elif (match := ATTENTION_NAME.fullmatch(name)) and match["op"] in ATTENTION_OPS:
+        heads, kv_heads, head_dim = int(match["h"]), int(match["kv"]), int(match["d"])
+        window, page = parse_number(match["window"]) if match["window"] else None, int(match["page"] or 16)
+        batch = parse_batch(match["batch"])
+        is_decode = match["op"] not in ("decode", "fused_decode") or all(query == 1 for query, _ in batch)
+        if min(heads, kv_heads, head_dim, page) >= 1 and window != 0 and heads % kv_heads == 0 and is_decode:
+            return AttentionCase(
+                match["op"], batch, window, head_dim, match["cache"], heads, kv_heads, page,
+                bool(match["sinks"]), int(match["first"] or 0), bool(match["perhead"]),
+            )  # fmt: skip
+    raise ConfigError(
+        f"`--case`: found {name!r}, allowed: a name as gate_up-m16-d8192-i17920-bf16 or "
+        "decode-64q1s4k-w1k-h64kv8d128-fp8 (heads divisible by KV heads), or a pattern with `*` over `--list`"
+    )

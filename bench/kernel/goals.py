@@ -32,6 +32,7 @@ class Quantity:
     cases: tuple[Case, ...]
     unit: str
     read: Callable[[Table], list[Reading]]
+    baselines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,7 @@ def against(cases: Sequence[Case], *baselines: str) -> Quantity:
             for baseline in baselines
         ]
 
-    return Quantity(tuple(cases), "×", read)
+    return Quantity(tuple(cases), "x", read, baselines)
 
 
 def launches_against(cases: Sequence[Case], baseline: str) -> Quantity:
@@ -163,7 +164,7 @@ def launches_against(cases: Sequence[Case], baseline: str) -> Quantity:
     def read(table: Table) -> list[Reading]:
         return [_ratio(case.name, count(table, case, baseline), count(table, case, OURS)) for case in cases]
 
-    return Quantity(tuple(cases), "×", read)
+    return Quantity(tuple(cases), "x", read, (baseline,))
 
 
 def between(pairs: Sequence[tuple[Case, Case]]) -> Quantity:
@@ -176,4 +177,4 @@ def between(pairs: Sequence[tuple[Case, Case]]) -> Quantity:
         ]
 
     cases = {case.name: case for pair in pairs for case in pair}
-    return Quantity(tuple(cases.values()), "×", read)
+    return Quantity(tuple(cases.values()), "x", read)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 Call = Callable[[], Any]
+Spoil = Callable[[Any], None]
 L2_MULTIPLE = 5  # the rotating inputs' share of the L2
 MAX_SETS = 4096  # calls in one graph
 MIN_SAMPLES, MAX_SAMPLES = 15, 200
@@ -60,11 +61,11 @@ def number_of_sets(bytes_of_one: int, l2_bytes: int) -> int:
 class Timer(Protocol):
     """Seconds of one call, one number a sample, and what the first call returned when it was last run."""
 
-    def __call__(self, calls: Sequence[Call]) -> tuple[list[float], Any]:
-        """Run all `calls` in turn, many times."""
+    def __call__(self, calls: Sequence[Call], spoil: Spoil | None = None) -> tuple[list[float], Any]:
+        """Run all `calls` in turn, many times; `spoil` is given the first one's output before the runs that count."""
 
 
-def cuda_graph_timer(calls: Sequence[Call]) -> tuple[list[float], Any]:
+def cuda_graph_timer(calls: Sequence[Call], spoil: Spoil | None = None) -> tuple[list[float], Any]:
     """Times the replay of a CUDA graph of all calls. The first call's result is that of the last replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -78,6 +79,8 @@ def cuda_graph_timer(calls: Sequence[Call]) -> tuple[list[float], Any]:
         first = calls[0]()
         for call in calls[1:]:
             call()
+    if spoil is not None:
+        spoil(first)
     one = _seconds(graph.replay)
     for _ in range(min(MAX_SAMPLES, int(WARM_UP / one) + 1)):
         graph.replay()
@@ -103,10 +106,11 @@ def _seconds(run: Call) -> float:
     return max(float(start.elapsed_time(stop)) / 1e3, 1e-6)
 
 
-def wall_clock_timer(calls: Sequence[Call]) -> tuple[list[float], Any]:
+def wall_clock_timer(calls: Sequence[Call], spoil: Spoil | None = None) -> tuple[list[float], Any]:
     """Times the calls on a CPU, eagerly; for tests of everything around the timing."""
-    first: Any = None
-    samples = []
+    first, samples = calls[0](), []
+    if spoil is not None:
+        spoil(first)
     for _ in range(MIN_SAMPLES):
         start = time.perf_counter()
         for index, call in enumerate(calls):
@@ -125,5 +129,5 @@ def count_launches(call: Call) -> int | None:
     with profile(activities=[ProfilerActivity.CUDA]) as record:
         call()
         torch.cuda.synchronize()
-    launched = [event for event in record.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    launched = [event for event in record.events() if event.device_type.name == "CUDA"]
     return len(launched) or None
