@@ -31,15 +31,15 @@ def check(
     """Whether the cache is quantised; ValueError where the tensors do not fit each other. Shapes as in `write_kv`."""
     (_, num_kv_heads, head_dim), (num_blocks, cache_heads, page_size, cache_dim) = k.shape, k_cache.shape
     if k.shape != v.shape or k_cache.shape != v_cache.shape or (cache_heads, cache_dim) != (num_kv_heads, head_dim):
-        found = [[*tensor.shape] for tensor in (k, v, k_cache, v_cache)]
-        raise ValueError(f"{where}, shapes of k, v and caches: found {found}, allowed: [T, KH, D], [N, KH, page, D]")
+        shapes = [[*tensor.shape] for tensor in (k, v, k_cache, v_cache)]
+        raise ValueError(f"{where}, shapes of k, v and caches: found {shapes}, allowed: [T, KH, D], [N, KH, page, D]")
     if any(tensor.stride(-1) != 1 for tensor in (k, v, k_cache, v_cache)) or head_dim % 2:
         raise ValueError(f"{where}, last dimension: found {head_dim} elements or gaps, allowed: even, without gaps")
     if num_blocks * page_size > MAX_SLOTS:
         raise ValueError(f"{where}, slots: found {num_blocks * page_size}, allowed: up to {MAX_SLOTS}")
     if k_cache.dtype != v_cache.dtype or k_cache.dtype not in (torch.float8_e4m3fn, *FLOATS):
-        found = k_cache.dtype, v_cache.dtype
-        raise ValueError(f"{where}, cache dtype: found {found}, allowed: e4m3, {', '.join(map(str, FLOATS))}")
+        dtypes = k_cache.dtype, v_cache.dtype
+        raise ValueError(f"{where}, cache dtype: found {dtypes}, allowed: e4m3, {', '.join(map(str, FLOATS))}")
     if k_cache.dtype != torch.float8_e4m3fn:
         return False
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):

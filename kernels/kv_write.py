@@ -100,12 +100,9 @@ def _launch(
 def variants() -> tuple[Variant, ...]:
     """With and without rotation, bfloat16 into e4m3. Other dtypes take the same program."""
     names = kv_write_kernel.arg_names
-    pointers = {
-        name: "*bf16" for name in ("q", "k", "v", "q_out", "cos_sin")
-    } | {
-        "k_cache": "*fp8e4nv", "v_cache": "*fp8e4nv", "slots": "*i64", "positions": "*i64",
-        "k_scale": "*fp32", "v_scale": "*fp32",
-    }  # fmt: skip
+    pointers = dict.fromkeys(("q", "k", "v", "q_out", "cos_sin"), "*bf16") | {"k_cache": "*fp8e4nv"}
+    pointers |= dict.fromkeys(("slots", "positions"), "*i64") | dict.fromkeys(("k_scale", "v_scale"), "*fp32")
+    pointers["v_cache"] = pointers["k_cache"]
     constants = {"QUANTISE": True, "BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D}
     numbers = [name for name in names if name not in pointers and not name.isupper()]
     # Head counts, tokens and steps of scales are anything; every stride and half a head are multiples of 16.

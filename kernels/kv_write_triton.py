@@ -36,10 +36,31 @@ def stored(values, scale, QUANTISE: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _store_halves(base, first, second, dims, half, is_stored, scale, QUANTISE: tl.constexpr):
-    dtype = base.dtype.element_ty
-    tl.store(base[:, None] + dims[None, :], stored(first, scale, QUANTISE, dtype), mask=is_stored)
-    tl.store(base[:, None] + (half + dims)[None, :], stored(second, scale, QUANTISE, dtype), mask=is_stored)
+def _load_halves(source, dims, half, mask):
+    at = source[:, None] + dims[None, :]
+    first, second = tl.load(at, mask=mask, other=0.0), tl.load(at + half, mask=mask, other=0.0)
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def _store_halves(target, first, second, dims, half, mask, scale, QUANTISE: tl.constexpr):
+    at = target[:, None] + dims[None, :]
+    tl.store(at, stored(first, scale, QUANTISE, target.dtype.element_ty), mask=mask)
+    tl.store(at + half, stored(second, scale, QUANTISE, target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rotate_rows(source, target, angles, dims, half, is_read, is_stored, scale, QUANTISE: tl.constexpr):
+    first, second = _load_halves(source, dims, half, is_read)
+    cos, sin = _load_halves(angles, dims, half, is_read)
+    first, second = rotate_half(first, second, cos, sin)
+    _store_halves(target, first, second, dims, half, is_stored, scale, QUANTISE)
+
+
+@triton.jit
+def _copy_rows(source, target, dims, half, is_read, is_stored, scale, QUANTISE: tl.constexpr):
+    first, second = _load_halves(source, dims, half, is_read)
+    _store_halves(target, first, second, dims, half, is_stored, scale, QUANTISE)
 
 
 @triton.jit
@@ -56,41 +77,28 @@ def kv_write_kernel(
     head = tl.program_id(1)
     dims = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     is_token = tokens < num_tokens
-    mask = is_token[:, None] & (dims < half)[None, :]
+    is_read = is_token[:, None] & (dims < half)[None, :]
     if ROTATE:
-        place = tl.load(positions + tokens, mask=is_token, other=0).to(tl.int64)
-        angles = cos_sin + place[:, None] * cos_sin_row + dims[None, :]
-    slot = tl.load(slots + tokens, mask=is_token, other=-1)
-    is_stored = mask & (slot >= 0)[:, None]
-    # Slots of a cache are fewer than 2³¹ (the host checks); its elements are not.
-    block, within = slot.to(tl.int32) // page_size, slot.to(tl.int32) % page_size
-    block, within = block.to(tl.int64), within.to(tl.int64)
-    if head < num_kv_heads:
-        source = (k + tokens * k_token + head * k_head)[:, None] + dims[None, :]
-        first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
-        if ROTATE:
-            cos = tl.load(angles, mask=mask, other=0.0).to(tl.float32)
-            sin = tl.load(angles + half, mask=mask, other=0.0).to(tl.float32)
-            first, second = rotate_half(first, second, cos, sin)
-        base = k_cache + block * k_block + head * k_cache_head + within * k_page
-        scale = tl.load(k_scale + head * k_scale_step) if QUANTISE else 1.0
-        _store_halves(base, first, second, dims, half, is_stored, scale, QUANTISE)
-    elif head < 2 * num_kv_heads:
-        head -= num_kv_heads
-        source = (v + tokens * v_token + head * v_head)[:, None] + dims[None, :]
-        first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
-        base = v_cache + block * v_block + head * v_cache_head + within * v_page
-        scale = tl.load(v_scale + head * v_scale_step) if QUANTISE else 1.0
-        _store_halves(base, first, second, dims, half, is_stored, scale, QUANTISE)
+        angles = cos_sin + tl.load(positions + tokens, mask=is_token, other=0).to(tl.int64) * cos_sin_row
+    if head < 2 * num_kv_heads:
+        slot = tl.load(slots + tokens, mask=is_token, other=-1)
+        is_stored = is_read & (slot >= 0)[:, None]
+        # A cache has fewer than 2³¹ slots (the host checks), but not fewer elements.
+        block, row = (slot.to(tl.int32) // page_size).to(tl.int64), (slot.to(tl.int32) % page_size).to(tl.int64)
+        if head < num_kv_heads:
+            k_rows, k_target = k + tokens * k_token + head * k_head, k_cache + block * k_block + row * k_page
+            by_k = tl.load(k_scale + head * k_scale_step) if QUANTISE else 1.0
+            k_target += head * k_cache_head
+            if ROTATE:
+                _rotate_rows(k_rows, k_target, angles, dims, half, is_read, is_stored, by_k, QUANTISE)
+            else:
+                _copy_rows(k_rows, k_target, dims, half, is_read, is_stored, by_k, QUANTISE)
+        else:
+            head -= num_kv_heads
+            by_v = tl.load(v_scale + head * v_scale_step) if QUANTISE else 1.0
+            v_target = v_cache + block * v_block + row * v_page + head * v_cache_head
+            _copy_rows(v + tokens * v_token + head * v_head, v_target, dims, half, is_read, is_stored, by_v, QUANTISE)
     elif ROTATE:
         head -= 2 * num_kv_heads
-        source = (q + tokens * q_token + head * q_head)[:, None] + dims[None, :]
-        first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
-        cos = tl.load(angles, mask=mask, other=0.0).to(tl.float32)
-        sin = tl.load(angles + half, mask=mask, other=0.0).to(tl.float32)
-        first, second = rotate_half(first, second, cos, sin)
-        base = q_out + tokens * out_token + head * out_head
-        _store_halves(base, first, second, dims, half, mask, 1.0, False)
+        q_rows, q_target = q + tokens * q_token + head * q_head, q_out + tokens * out_token + head * out_head
+        _rotate_rows(q_rows, q_target, angles, dims, half, is_read, is_read, 1.0, False)

@@ -312,14 +312,17 @@ def fused_decode(
     """`rope_and_write_kv`, then `paged_attention`, for one new token per sequence. q: [B, H, D], k, v: [B, KH, D] →
     float32 [B, H, D]; q is rounded to its dtype between the two. A sequence with slot −1 or length 0 is padding: zeros.
     """
-    rotated, scales = torch.empty_like(q), {"k_scale": k_scale, "v_scale": v_scale}
+    if k_cache.dtype == torch.uint8:
+        k_cache, v_cache = k_cache.view(torch.float8_e4m3fn), v_cache.view(torch.float8_e4m3fn)
+    if k_cache.dtype != torch.float8_e4m3fn:
+        k_scale = v_scale = None
+    rotated = torch.empty_like(q)
     rope_and_write_kv(
-        q, k, v, k_cache, v_cache, slot_mapping, positions, cos_sin_cache, q_out=rotated, **scales
+        q, k, v, k_cache, v_cache, slot_mapping, positions, cos_sin_cache,
+        k_scale=k_scale, v_scale=v_scale, q_out=rotated,
     )  # fmt: skip
-    is_quantized = k_cache.dtype in (torch.uint8, torch.float8_e4m3fn)
-    caches = (cache.view(torch.float8_e4m3fn) if is_quantized else cache for cache in (k_cache, v_cache))
     return paged_attention(
-        rotated, *caches, block_table=block_table, seq_lens=torch.where(slot_mapping < 0, 0, seq_lens),
+        rotated, k_cache, v_cache, block_table=block_table, seq_lens=torch.where(slot_mapping < 0, 0, seq_lens),
         query_start_loc=torch.arange(len(q) + 1, device=q.device), softmax_scale=softmax_scale,
-        sliding_window=sliding_window, sinks=sinks, num_sink_tokens=num_sink_tokens, **(scales if is_quantized else {}),
+        sliding_window=sliding_window, k_scale=k_scale, v_scale=v_scale, sinks=sinks, num_sink_tokens=num_sink_tokens,
     )  # fmt: skip
