@@ -124,7 +124,7 @@ def flex(problem: AttentionProblem) -> Sequence[Call]:
     """flex_attention, compiled (eager on a CPU), on gathered keys, with a block mask; learned sinks by its
     log-sum-exp: softmax over keys times sigmoid(lse − sink).
     """
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
     case, is_cuda = problem.case, problem.device.startswith("cuda")
     query, seq = case.batch[0]
@@ -135,8 +135,8 @@ def flex(problem: AttentionProblem) -> Sequence[Call]:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if problem.sinks is None:
             return _as_rows(op(q, k, v, block_mask=mask, **grouped))
-        out, lse = op(q, k, v, block_mask=mask, return_lse=True, **grouped)
-        return _as_rows(out * torch.sigmoid(lse - problem.sinks[:, None])[..., None].to(out.dtype))
+        out, statistics = op(q, k, v, block_mask=mask, return_aux=AuxRequest(lse=True), **grouped)
+        return _as_rows(out * torch.sigmoid(statistics.lse - problem.sinks[:, None])[..., None].to(out.dtype))
 
     calls: list[Call] = []
     for inputs in problem.sets:

@@ -98,3 +98,7 @@ def readme_table(folder: Path) -> list[str]:
             cells.append(f"{setting['name']}: {text}")
         lines.append(f"| {goal.title} | {goal.what} | {goal.required} | {'; '.join(cells) or UNMEASURED} |")
     return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(readme_table(Path(__file__).resolve().parent.parent / "results")))

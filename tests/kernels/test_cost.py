@@ -40,9 +40,7 @@ def test_bytes_of_gate_up_and_down_by_hand() -> None:
     assert cost.linear(3, 256) == Cost(131_072 + 3_072, 2 * 3 * 256 * 256)
 
 
-@pytest.mark.parametrize(
-    ("scales", "expected"), [(None, 0), ("tensor", 4), ("channel", 8 * 384), ("block", 4 * 6 * 2)]
-)
+@pytest.mark.parametrize(("scales", "expected"), [(None, 0), ("tensor", 4), ("channel", 8 * 384), ("block", 4 * 6 * 2)])
 def test_scales_of_gate_and_up_are_counted(scales: str | None, expected: int) -> None:
     with_scales = cost.gate_up(3, 256, 384, 1, 1, 2, scales)
     assert with_scales.num_bytes - (2 * 256 * 384 + 3 * 256 + 3 * 384 * 2) == expected
@@ -53,7 +51,9 @@ def test_an_unknown_granularity_of_scales_is_refused() -> None:
         cost.weight_scales(2, 2, "row")
 
 
-@pytest.mark.parametrize(("hidden", "h100", "h200"), [(4096, 1.097, 1.067), (8192, 1.049, 1.034), (16384, 1.024, 1.017)])
+@pytest.mark.parametrize(
+    ("hidden", "h100", "h200"), [(4096, 1.097, 1.067), (8192, 1.049, 1.034), (16384, 1.024, 1.017)]
+)
 def test_the_most_that_a_fused_activation_gains_in_prefill(hidden: int, h100: float, h200: float) -> None:
     # 1 + 1.5 · TF / (BW · d): the activation's 6·M·I bytes beside the products' 4·M·d·I operations.
     for copy, matmul, expected in ((H100_COPY, H100_BF16, h100), (H200_COPY, H200_BF16, h200)):

@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command and under 8 minutes: `bash bench/gpu_suite.sh`.
+#
+# For a bare machine: one NVIDIA GPU, Python with torch and triton, no network, nothing installed. Checks the kernels
+# (tests/kernels, marker gpu), measures the FFN's tuning table, measures all goals. A step that fails or runs out of
+# time is told at the end; the others still run. Exit status 0 when every step passed.
+#
+#   OUT=DIR                      where results go (default bench/results): kernels-<card>.csv and .json, gpu-suite.log
+#   PYTHON=COMMAND               default python3
+#   LIMIT=SECONDS                for all steps together (default 470)
+#   COMMIT=NAME                  the measured commit, where git cannot tell
+#   VLLM_PUZZLE_VLLM_SOURCE=DIR  vLLM's package folder (its Triton kernels are a baseline also without vLLM)
+set -u
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-$ROOT/bench/results}
+LIMIT=${LIMIT:-470}
+FAILED=()
+
+say() { echo "gpu_suite: $*"; }
+
+stop() {
+    say "$*" >&2
+    exit 1
+}
+
+# The package is a map of folders; a folder of links gives them their import names without an installation.
+LINKS=$(mktemp -d) || stop "found no temporary folder, allowed: one that can be written"
+finish() {
+    rm -rf "$LINKS"
+    [[ -n ${TEE:-} ]] && exec >&- 2>&- && wait "$TEE"
+}
+trap finish EXIT
+mkdir "$LINKS/vllm_puzzle"
+for folder in serving kernels model_configs bench; do
+    ln -s "$ROOT/$folder" "$LINKS/vllm_puzzle/$folder"
+done
+export PYTHONPATH="$LINKS${PYTHONPATH:+:$PYTHONPATH}"
+export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+python() { "$PYTHON" -P "$@"; }
+
+python -c "import torch, triton" 2>/dev/null || stop "found no torch and triton in $PYTHON, allowed: a Python with both"
+python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" ||
+    stop "found no CUDA device, allowed: one NVIDIA GPU"
+mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || stop "OUT: found $OUT, allowed: a folder that can be written"
+exec > >(tee "$OUT/gpu-suite.log") 2>&1
+TEE=$!
+
+# step NAME SECONDS COMMAND…: run it within its own limit and what is left of the whole.
+step() {
+    local name=$1 limit=$2 left=$((LIMIT - SECONDS)) start=$SECONDS status
+    shift 2
+    if ((left < 10)); then
+        FAILED+=("$name: no time left")
+        return
+    fi
+    ((limit > left)) && limit=$left
+    say "== $name (at most $limit s)"
+    timeout --kill-after=10 "$limit" "$PYTHON" -P "$@"
+    status=$?
+    say "-- $name: status $status after $((SECONDS - start)) s"
+    ((status == 124 || status == 137)) && FAILED+=("$name: ran out of time ($limit s)")
+    ((status != 0 && status != 124 && status != 137)) && FAILED+=("$name: status $status")
+}
+
+versions() {
+    nvidia-smi -L 2>/dev/null
+    python - <<'VERSIONS'
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+found = {}
+for name in ("torch", "triton", "vllm", "flashinfer-python", "numpy", "pytest"):
+    try:
+        found[name] = version(name)
+    except PackageNotFoundError:
+        found[name] = "none"
+found["cuda"] = torch.version.cuda
+print(torch.cuda.get_device_name(), found)
+VERSIONS
+}
+
+kernel_tests() {
+    if ! python -c "import pytest" 2>/dev/null; then
+        # Without pytest nobody judges the grids' numbers, but a crash shows.
+        for grid in "$ROOT"/tests/kernels/*_grid.py; do
+            step "$(basename "$grid"), unjudged" 120 "$grid" cuda
+        done
+        return
+    fi
+    local workers=()
+    python -c "import xdist" 2>/dev/null && workers=(-n 4 --dist loadfile)
+    step "kernels against their twins" 170 -m pytest -q -m gpu -p no:cacheprovider "${workers[@]}" "$ROOT/tests/kernels"
+}
+
+say "results go to $OUT"
+versions
+cd "$ROOT" || stop "found no $ROOT"
+COMMIT=${COMMIT:-$(git describe --always --abbrev=12 --dirty 2>/dev/null || echo unknown)}
+if [[ -z ${VLLM_PUZZLE_VLLM_SOURCE:-} && -d $ROOT/.carry/vllm ]]; then
+    export VLLM_PUZZLE_VLLM_SOURCE=$ROOT/.carry/vllm
+fi
+kernel_tests
+if [[ -f $ROOT/bench/ffn_tuning.py ]]; then
+    step "FFN tuning" 110 -m vllm_puzzle.bench.ffn_tuning --time-limit 90 --out "$OUT"
+fi
+# What is left belongs to the measurement, less the time that its last case may take.
+BUDGET=$((LIMIT - SECONDS - 40))
+step "kernel benchmark" $((LIMIT - SECONDS)) -m vllm_puzzle.bench.command kernels --time-limit "$BUDGET" \
+    --commit "$COMMIT" --csv "$OUT/kernels-{card}.csv" --json "$OUT/kernels-{card}.json"
+
+if ((${#FAILED[@]})); then
+    say "${#FAILED[@]} steps failed after $SECONDS s:"
+    printf '  %s\n' "${FAILED[@]}"
+    exit 1
+fi
+say "all steps passed after $SECONDS s"
