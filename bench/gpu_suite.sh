@@ -41,9 +41,12 @@ export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 python() { "$PYTHON" -P "$@"; }
 
-python -c "import torch, triton" 2>/dev/null || stop "found no torch and triton in $PYTHON, allowed: a Python with both"
-python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" ||
-    stop "found no CUDA device, allowed: one NVIDIA GPU"
+python -c "import sys, torch, triton; sys.exit(0 if torch.cuda.is_available() else 3)" 2>/dev/null
+case $? in
+    0) ;;
+    3) stop "found no CUDA device, allowed: one NVIDIA GPU" ;;
+    *) stop "found no torch and triton in $PYTHON, allowed: a Python with both" ;;
+esac
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || stop "OUT: found $OUT, allowed: a folder that can be written"
 exec > >(tee "$OUT/gpu-suite.log") 2>&1
 TEE=$!

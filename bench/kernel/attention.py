@@ -47,6 +47,7 @@ class AttentionProblem:
 
     def __init__(self, case: AttentionCase, device: str = "cuda", vllm_source: str | None = None) -> None:
         self.case, self.device, self.vllm_source = case, device, vllm_source
+        self.config = ""
         self.is_quantized = case.cache == "fp8"
         query_lens = torch.tensor([0] + [query for query, _ in case.batch])
         self.query_start_loc = query_lens.cumsum(0).int().to(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -40,6 +40,7 @@ class FfnProblem:
 
     def __init__(self, case: FfnCase, device: str = "cuda", vllm_source: str | None = None) -> None:
         self.case, self.device, self.vllm_source = case, device, vllm_source
+        self.config = ""
         self.sets: list[Inputs] = []
 
     def make(self, num_sets: int) -> None:
@@ -69,22 +70,37 @@ class FfnProblem:
         return torch.randn(rows, columns, device=self.device).mul_(columns**-0.5)
 
     def ours(self) -> Sequence[Call]:
-        """Our op on each set."""
+        """Our op on each set, in the configuration that the table measured on this device, else the default one."""
+        self.config = ", ".join(f"{op} {describe(self.choose(op))}" for op in self._halves())
+        return [partial(self.run_ours, inputs) for inputs in self.sets]
+
+    def run_ours(self, inputs: Inputs, width: int | None = None) -> Tensor:
+        """Our op on one set; `width`: of one of the parallel FFNs, whose own shape decides its configuration."""
         from vllm_puzzle.kernels import ffn
 
-        ops = {"gate_up": ffn.gate_up_silu, "down": ffn.down, "ffn": ffn.fused_ffn}
-        return [partial(self.apply, ops[self.case.op], inputs) for inputs in self.sets]
+        x = inputs.x
+        if inputs.gate_up is not None:
+            scales = {"weight_scale": inputs.weight_scale, "x_scale": inputs.x_scale, "out_scale": inputs.out_scale}
+            x = ffn.gate_up_silu(x, inputs.gate_up, config=self.choose("gate_up", width), **scales)
+        if inputs.down is None:
+            return x
+        scales = {"weight_scale": inputs.weight_scale, "h_scale": inputs.x_scale}
+        return ffn.down(x, inputs.down, config=self.choose("down", width), **scales)
 
-    def apply(self, op: Callable[..., Tensor], inputs: Inputs) -> Tensor:
-        """`op` has the arguments of its twin in `reference`."""
-        if self.case.op == "down":
-            assert inputs.down is not None
-            return op(inputs.x, inputs.down, weight_scale=inputs.weight_scale, h_scale=inputs.x_scale)
-        assert inputs.gate_up is not None
-        if self.case.op == "ffn":
-            return op(inputs.x, inputs.gate_up, inputs.down)
-        scales = {"weight_scale": inputs.weight_scale, "x_scale": inputs.x_scale, "out_scale": inputs.out_scale}
-        return op(inputs.x, inputs.gate_up, **scales)
+    def _halves(self) -> Sequence[str]:
+        return ("gate_up", "down") if self.case.op == "ffn" else (self.case.op,)
+
+    def choose(self, op: str, width: int | None = None) -> Any:
+        """The table's configuration of gate_up or down at this shape, None where there is none."""
+        from vllm_puzzle.kernels import ffn_table
+
+        if not self.device.startswith("cuda"):
+            return None
+        case = self.case
+        kind = {"bf16": "bf16", "fp8_block": "fp8-block"}.get(case.precision, "fp8")
+        sizes = (width or case.intermediate, case.hidden)
+        n, k = sizes if op == "gate_up" else sizes[::-1]
+        return ffn_table.choose(op, torch.cuda.get_device_name(), kind, case.num_tokens, n, k)
 
     def poison(self, output: Any) -> None:
         """NaN into what an earlier call returned."""
@@ -111,17 +127,18 @@ class FfnProblem:
 
     @cached_property
     def _exact(self) -> Tensor:
-        """The twin in float32, without rounding of the result."""
+        """The twin on the same arguments, in float32, without rounding of the result."""
         inputs = self.sets[0]
-        x, gate_up, down = self.dequantized(inputs, torch.float32)
+        if self.case.op == "ffn":
+            assert inputs.gate_up is not None and inputs.down is not None
+            return reference.fused_ffn(inputs.x, inputs.gate_up, inputs.down)
         if self.case.op == "down":
-            assert down is not None
-            return reference.down(x, down)
-        assert gate_up is not None
-        if self.case.op == "gate_up":
-            return reference.gate_up_silu(x, gate_up)
-        assert down is not None
-        return reference.fused_ffn(x, gate_up, down)
+            assert inputs.down is not None
+            return reference.down(inputs.x, inputs.down, weight_scale=inputs.weight_scale, h_scale=inputs.x_scale)
+        assert inputs.gate_up is not None
+        return reference.gate_up_silu(
+            inputs.x, inputs.gate_up, weight_scale=inputs.weight_scale, x_scale=inputs.x_scale
+        )
 
     def torch_bf16(self, inputs: Inputs) -> Tensor:
         """The same in torch's bf16 operations, result quantised where ours is."""
@@ -135,14 +152,12 @@ class FfnProblem:
 
     def dequantized(self, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """x, gate_up and down as plain numbers."""
-        if inputs.weight_scale is None or inputs.x_scale is None:
-            return tuple(t if t is None else t.to(dtype) for t in (inputs.x, inputs.gate_up, inputs.down))  # type: ignore[return-value]
-        x = inputs.x.float() * expand_scale(inputs.x_scale, inputs.x, BLOCK if inputs.x_scale.ndim == 2 else 1)
+        x = reference.dequantize(inputs.x, inputs.x_scale).to(dtype)
         weights = [
-            None if codes is None else (codes.float() * expand_scale(inputs.weight_scale, codes)).to(dtype)
-            for codes in (inputs.gate_up, inputs.down)
+            None if codes is None else reference.dequantize(codes, inputs.weight_scale, is_gate_up).to(dtype)
+            for codes, is_gate_up in ((inputs.gate_up, True), (inputs.down, False))
         ]
-        return x.to(dtype), weights[0], weights[1]
+        return x, weights[0], weights[1]
 
     def baselines(self) -> Mapping[str, Prepare]:
         """Those of the case's op."""
@@ -155,47 +170,34 @@ def _bf16(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.bfloat16()
 
 
+def describe(config: Any) -> str:
+    """A configuration in words."""
+    return "default" if config is None else f"{config.tile} in {config.splits} splits, by the table"
+
+
 def quantize_weight(weight: Tensor | None, granularity: str) -> tuple[Tensor, Tensor]:
     """e4m3 codes and scales of a weight [N, K]: "tensor" [1], "channel" [N], "block" [⌈N/128⌉, ⌈K/128⌉]."""
     assert weight is not None
-    if granularity == "tensor":
-        scale = weight.abs().amax().reshape(1) / E4M3_MAX
-    elif granularity == "channel":
-        scale = weight.abs().amax(1) / E4M3_MAX
-    else:
-        rows, columns = (-(-size // BLOCK) for size in weight.shape)
-        padded = torch.zeros(rows * BLOCK, columns * BLOCK, device=weight.device)
-        padded[: weight.shape[0], : weight.shape[1]] = weight
-        scale = padded.view(rows, BLOCK, columns, BLOCK).abs().amax((1, 3)) / E4M3_MAX
-    scale = scale.clamp_min(1e-12)
-    return reference.quantize_e4m3(weight, expand_scale(scale, weight)), scale
+    if granularity != "block":
+        return quantize_rows(weight, granularity)
+    rows, columns = (-(-size // BLOCK) for size in weight.shape)
+    padded = torch.zeros(rows * BLOCK, columns * BLOCK, device=weight.device)
+    padded[: weight.shape[0], : weight.shape[1]] = weight
+    scale = padded.view(rows, BLOCK, columns, BLOCK).abs().amax((1, 3)).clamp_min(1e-9) / E4M3_MAX
+    wide = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    return reference.quantize_e4m3(weight, wide[: weight.shape[0], : weight.shape[1]]), scale
 
 
 def quantize_rows(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
-    """e4m3 codes and scales of activations [M, K]: "tensor" [1], "channel" [M], "block" [M, ⌈K/128⌉]."""
+    """e4m3 codes and scales of rows [M, K]: "tensor" [1], "channel" [M], "block" [M, ⌈K/128⌉]."""
     if granularity == "tensor":
-        scale = x.abs().amax().reshape(1) / E4M3_MAX
-    elif granularity == "channel":
-        scale = x.abs().amax(1) / E4M3_MAX
-    else:
-        blocks = -(-x.shape[1] // BLOCK)
-        padded = torch.zeros(x.shape[0], blocks * BLOCK, device=x.device)
-        padded[:, : x.shape[1]] = x
-        scale = padded.view(x.shape[0], blocks, BLOCK).abs().amax(2) / E4M3_MAX
-    scale = scale.clamp_min(1e-12)
-    return reference.quantize_e4m3(x, expand_scale(scale, x, BLOCK if scale.ndim == 2 else 1)), scale
-
-
-def expand_scale(scale: Tensor, target: Tensor, column_block: int = 0) -> Tensor:
-    """A scale that multiplies [N, K]: [1], [2] (upper and lower half of the rows), [N], [⌈N/128⌉, ⌈K/128⌉] of a weight,
-    or with `column_block` [N, ⌈K/128⌉] of activations.
-    """
-    rows, columns = target.shape
-    if scale.ndim == 2:
-        wide = scale.repeat_interleave(BLOCK, dim=1)[:, :columns]
-        return wide if column_block else wide.repeat_interleave(BLOCK, dim=0)[:rows]
-    if scale.numel() == 1:
-        return scale
-    if scale.numel() == 2 and rows != 2:
-        return scale.repeat_interleave(rows // 2)[:, None]
-    return scale[:, None]
+        scale = x.abs().amax().clamp_min(1e-9).reshape(1) / E4M3_MAX
+        return reference.quantize_e4m3(x, scale), scale
+    if granularity == "channel":
+        scale = x.abs().amax(1).clamp_min(1e-9) / E4M3_MAX
+        return reference.quantize_e4m3(x, scale[:, None]), scale
+    blocks = -(-x.shape[1] // BLOCK)
+    padded = torch.zeros(x.shape[0], blocks * BLOCK, device=x.device)
+    padded[:, : x.shape[1]] = x
+    scale = padded.view(x.shape[0], blocks, BLOCK).abs().amax(2).clamp_min(1e-9) / E4M3_MAX
+    return reference.quantize_e4m3(x, scale.repeat_interleave(BLOCK, dim=1)[:, : x.shape[1]]), scale

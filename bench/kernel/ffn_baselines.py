@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -119,9 +120,7 @@ def one_by_one(problem: FfnProblem, is_own: bool) -> Sequence[Call]:
     case, is_cuda = problem.case, problem.device.startswith("cuda")
 
     def own(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        from vllm_puzzle.kernels import ffn
-
-        return ffn.down(ffn.gate_up_silu(x, gate_up), down)
+        return problem.run_ours(replace(problem.sets[0], x=x, gate_up=gate_up, down=down), case.width)
 
     def plain(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         return linear(compiled(silu_mul, is_cuda)(linear(x, gate_up)), down)
@@ -163,11 +162,12 @@ def _scaled_product(problem: FfnProblem, inputs: Inputs) -> Callable[[], Tensor]
     columns = weight.t()
     if problem.case.precision == "fp8_block":
         kinds = torch.nn.functional.ScalingType
-        # cuBLAS wants the activations' scales column by column.
+        # cuBLAS wants the activations' scales column by column, the weights' in columns padded to a multiple of four.
         x_scale = inputs.x_scale.t().contiguous().t()
+        padded = torch.nn.functional.pad(inputs.weight_scale, (0, -inputs.weight_scale.shape[1] % 4))
         return partial(
             torch.nn.functional.scaled_mm, inputs.x, columns, x_scale, kinds.BlockWise1x128,
-            inputs.weight_scale.t(), kinds.BlockWise128x128, output_dtype=torch.bfloat16,
+            padded.t(), kinds.BlockWise128x128, output_dtype=torch.bfloat16,
         )  # fmt: skip
     if problem.case.precision == "fp8_tensor":
         scales = inputs.x_scale.reshape(()), inputs.weight_scale[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 
 from vllm_puzzle.bench.kernel.cases import AttentionCase, Case, FfnCase, attention, decode
 from vllm_puzzle.bench.kernel.goals import (
@@ -209,4 +210,13 @@ def cases(is_quick: bool = False, with_sweep: bool = True) -> list[Case]:
 
 def goals_of(case: Case) -> tuple[Goal, ...]:
     """The goals that look at a case."""
-    return tuple(goal for goal in GOALS if any(other.name == case.name for other in goal.quantity.cases))
+    return _goals_by_name().get(case.name, ())
+
+
+@cache
+def _goals_by_name() -> dict[str, tuple[Goal, ...]]:
+    found: dict[str, tuple[Goal, ...]] = {}
+    for goal in GOALS:
+        for name in {case.name for case in goal.quantity.cases}:
+            found[name] = (*found.get(name, ()), goal)
+    return found

@@ -39,6 +39,7 @@ class Problem(Protocol):
     """What the runner needs of an op."""
 
     case: Case
+    config: str  # how our op was configured, known once `ours` was called; empty where there is no choice
 
     def make(self, num_sets: int) -> None:
         """Draw the inputs of `num_sets` sets."""

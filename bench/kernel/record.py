@@ -40,6 +40,7 @@ class Row:
     error: float | None = None
     bound: float | None = None
     goals: str = ""
+    config: str = ""
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -49,7 +50,7 @@ class Row:
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
-_TEXT = frozenset({"case", "op", "implementation", "status", "reason", "limit", "goals"})
+_TEXT = frozenset({"case", "op", "implementation", "status", "reason", "limit", "goals", "config"})
 _WHOLE = frozenset({"num_samples", "num_sets", "launches"})
 
 

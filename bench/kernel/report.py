@@ -52,6 +52,7 @@ def case_block(rows: Sequence[Row]) -> str:
         parts += [f"{row.ratio:.2f}x ours"] if row.ratio is not None else []
         parts += [f"{row.launches} launches"] if row.launches is not None else []
         parts.append(f"error {row.error:.2g} of {row.bound:.2g}")
+        parts += [row.config] if row.config else []
         lines.append(f"  {name:<18} " + "  ".join(parts))
     return "\n".join(lines)
 

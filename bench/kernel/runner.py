@@ -43,6 +43,7 @@ class Runner:
 
     def _run_ours(self, problem: Problem, row: Row) -> Row:
         calls = problem.ours()
+        row = replace(row, config=problem.config)
         problem.poison(None)
         row = _checked(row, problem.check(calls[0]()))
         if row.status != "ok":

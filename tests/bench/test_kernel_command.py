@@ -105,21 +105,35 @@ def test_what_compiles_for_long_runs_only_beside_its_goals() -> None:
     assert wanted(plan.QUICK[0], "all") is None
 
 
-def test_vllms_kernels_run_from_its_source_files_and_compute_what_the_reference_computes() -> None:
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, Any]:
     from importlib.util import find_spec
 
     spec = find_spec("vllm")
     assert spec is not None and spec.submodule_search_locations is not None
-    script = Path(__file__).with_name("stock_ops.py")
+    script = Path(__file__).with_name("interpreted_ops.py")
     done = subprocess.run(
         [sys.executable, "-P", str(script), spec.submodule_search_locations[0]],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     outcome: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert outcome["origin"].startswith("vLLM source files, without vLLM")
-    assert len(outcome["errors"]) == 7
-    for name, error in outcome["errors"].items():
+    return outcome
+
+
+def test_our_kernels_are_called_as_they_want_and_pass_their_check(interpreted: dict[str, Any]) -> None:
+    assert {name.partition("-")[0] for name in interpreted["ours"]} == {case.op for case in plan.cases()}
+    assert {name: pair for name, pair in interpreted["ours"].items() if not pair[0] <= pair[1]} == {}
+
+
+def test_vllms_kernels_run_from_its_source_files_and_compute_what_the_reference_computes(
+    interpreted: dict[str, Any],
+) -> None:
+    assert interpreted["origin"].startswith("vLLM source files, without vLLM")
+    assert {name.partition(" ")[2] for name in interpreted["others"]} == {
+        "vllm_triton", "vllm_triton_bf16q", "vllm_write", "vllm_block", "two_launches", "one_by_one"
+    }  # fmt: skip
+    for name, error in interpreted["others"].items():
         # A quantised query is off by 2⁻⁴ at most, about 2.6 % in the mean; a write is exact, a product rounds to bf16.
         is_quantized = "decode" in name and name.endswith("-fp8 vllm_triton")
         assert error <= (0.04 if is_quantized else 0.0 if "write" in name else 5e-3), name

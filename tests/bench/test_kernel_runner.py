@@ -164,10 +164,8 @@ def test_baselines_that_are_absent_raise_or_are_wrong_are_told_and_get_no_ratio(
 SMALL = (
     DECODE,
     "decode-3q1s50-w17-h6kv2d16-bf16-sink4",
-    "decode-2q1s33-full-h4kv4d32-fp8-sinks",
     "verify-2q3s50-w17-h6kv2d16-fp8-perhead",
     "prefill-q40s70-w20-h4kv2d16-fp8-sinks",
-    "prefill-q21-w1k-h4kv2d16-bf16",
 )
 
 
