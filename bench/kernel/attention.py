@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm_puzzle.bench.kernel.cases import AttentionCase
-from vllm_puzzle.bench.kernel.problem import BASELINE_BOUND, Check, Prepare, relative_error
+from vllm_puzzle.bench.kernel.problem import BASELINE_BOUND, Check, Prepare, as_bits, relative_error
 from vllm_puzzle.bench.kernel.timing import Call
 from vllm_puzzle.kernels import reference
 
@@ -254,9 +254,14 @@ class AttentionProblem:
 
     def _reference(self, rows: slice, sequence: int, seq_len: int, q: Tensor | None) -> Tensor:
         first = self.sets[0]
+        row = first.block_table[sequence]
+        live = row.nonzero().squeeze(1)  # the other entries name the null block
+        table = torch.zeros_like(row)
+        table[live] = torch.arange(len(live), dtype=table.dtype, device=table.device)
+        k_cache, v_cache = (blocks_of(cache, row[live].long()).float() for cache in (self.k_cache, self.v_cache))
         return reference.paged_attention(
-            (first.q if q is None else q)[rows], self.k_cache, self.v_cache,
-            block_table=first.block_table[sequence : sequence + 1], seq_lens=torch.tensor([seq_len]),
+            (first.q if q is None else q)[rows], k_cache, v_cache,
+            block_table=table[None], seq_lens=torch.tensor([seq_len]),
             query_start_loc=torch.tensor([0, rows.stop - rows.start]), **self.scales, **self.masking,
         )  # fmt: skip
 
@@ -276,6 +281,6 @@ def checked_rows(query_len: int) -> list[tuple[int, int]]:
     return [(low, low + CHECKED_ROWS) for low in (0, middle, query_len - CHECKED_ROWS)]
 
 
-def as_bits(cache: Tensor) -> Tensor:
-    """The same memory as integers of the same size (torch neither compares nor assigns FP8 by index)."""
-    return cache.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[cache.element_size()])
+def blocks_of(cache: Tensor, blocks: Tensor) -> Tensor:
+    """Some blocks of a cache, in a tensor of their own."""
+    return as_bits(cache)[blocks].view(cache.dtype)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from vllm_puzzle.bench.kernel import stock
-from vllm_puzzle.bench.kernel.problem import Absent, Prepare
+from vllm_puzzle.bench.kernel.problem import Absent, Prepare, as_bits, compiled
 from vllm_puzzle.bench.kernel.timing import Call
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def dense(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor, Tensor, Te
     blocks = inputs.block_table[:, keys // case.page].long()
 
     def gather(cache: Tensor, scale: Tensor | None) -> Tensor:
-        rows = cache[blocks, :, keys % case.page]  # [B, L, KH, D]
+        rows = as_bits(cache)[blocks, :, keys % case.page].view(cache.dtype)  # [B, L, KH, D]
         rows = rows.to(inputs.q.dtype) if scale is None else (rows.float() * scale[:, None]).to(inputs.q.dtype)
         return rows.transpose(1, 2).contiguous()
 
@@ -126,9 +126,9 @@ def flex(problem: AttentionProblem) -> Sequence[Call]:
     """
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
-    case, is_cuda = problem.case, problem.device.startswith("cuda")
+    case = problem.case
     query, seq = case.batch[0]
-    op: Any = torch.compile(flex_attention, dynamic=False) if is_cuda else flex_attention
+    op = compiled(flex_attention, problem.device.startswith("cuda"))
     grouped = {"scale": problem.softmax_scale, "enable_gqa": True}
     mask = None
 

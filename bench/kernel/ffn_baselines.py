@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from vllm_puzzle.bench.kernel import stock
-from vllm_puzzle.bench.kernel.problem import Prepare
+from vllm_puzzle.bench.kernel.problem import Prepare, compiled
 from vllm_puzzle.bench.kernel.timing import Call
 from vllm_puzzle.kernels.cost import BLOCK
 
@@ -59,20 +59,6 @@ def silu_mul_quantize(gate_up: Tensor, out_scale: Tensor) -> Tensor:
     """The same as e4m3 of a static scale."""
     hidden = silu_mul(gate_up).float() / out_scale
     return hidden.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-
-
-@cache
-def compiled(function: Callable[..., Any], is_cuda: bool, mode: str = "default") -> Callable[..., Any]:
-    """torch.compile on a GPU, the function itself on a CPU (where only its result is tested).
-
-    max-autotune without torch's own CUDA graphs: the timer captures one around all calls.
-    """
-    if not is_cuda:
-        return function
-    torch._dynamo.config.cache_size_limit = 256  # one compilation a shape; beyond the limit dynamo runs eagerly
-    if mode == "max-autotune":
-        return torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
-    return torch.compile(function, dynamic=False)
 
 
 def _each(problem: FfnProblem, function: Callable[[Inputs, bool], Tensor]) -> Sequence[Call]:

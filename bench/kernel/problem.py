@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -64,3 +65,24 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     """‖found − wanted‖ / ‖wanted‖ in float64; NaN where any element is."""
     difference = torch.linalg.vector_norm(found.double() - wanted.double())
     return float(difference / torch.linalg.vector_norm(wanted.double()).clamp_min(1e-300))
+
+
+def as_bits(cache: Tensor) -> Tensor:
+    """The same memory as integers of the same size (torch does not index FP8 everywhere)."""
+    return cache.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[cache.element_size()])
+
+
+@cache
+def compiled(function: Callable[..., Any], is_cuda: bool, mode: str = "default") -> Callable[..., Any]:
+    """torch.compile on a GPU, the function itself on a CPU (where only its result is tested).
+
+    max-autotune without torch's own CUDA graphs: the timer captures one around all calls.
+    """
+    if not is_cuda:
+        return function
+    from torch import _dynamo
+
+    _dynamo.config.cache_size_limit = 256  # one compilation a shape; beyond the limit dynamo runs eagerly
+    if mode == "max-autotune":
+        return torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
+    return torch.compile(function, dynamic=False)

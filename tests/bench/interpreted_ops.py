@@ -38,7 +38,7 @@ OTHERS = {
     "kv_write-2q5s21-h4kv2d32-fp8": ("vllm_write",),
     "kv_write-2q5s21-h4kv2d32-bf16": ("vllm_write",),
     "gate_up-m3-d256-i128-fp8_block": ("vllm_block",),
-        "fused_decode-3q1s40-w17-h4kv2d32-fp8": ("two_launches",),
+    "fused_decode-3q1s40-w17-h4kv2d32-fp8": ("two_launches",),
     "ffn-m3-d256-i2x128-bf16": ("one_by_one",),
 }
 
@@ -48,7 +48,7 @@ def main(folder: str) -> None:
     from vllm_puzzle.bench.kernel.cases import parse_case
     from vllm_puzzle.bench.kernel.command import make_problem
 
-     What the host sides of vLLM's kernels ask a card for.
+    # What the host sides of vLLM's kernels ask a card for.
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     torch.cuda.get_device_name = lambda *_: "NVIDIA H100 80GB HBM3"
     stock.is_installed = lambda: False

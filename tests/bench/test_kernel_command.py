@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from vllm_puzzle.bench import command
+from vllm_puzzle.bench.kernel import card, plan, timing
 from vllm_puzzle.bench.kernel import command as kernels_command
-from vllm_puzzle.bench.kernel import plan
 from vllm_puzzle.bench.kernel.cases import parse_case
-from vllm_puzzle.bench.kernel.record import OURS
+from vllm_puzzle.bench.kernel.record import OURS, read_csv
 from vllm_puzzle.model_configs.schema import ConfigError
 from vllm_puzzle.serving.cli import main
 
@@ -74,6 +74,54 @@ def test_wrong_cases_are_one_line(capsys: Captured, arguments: tuple[str, ...], 
     assert main(["bench", "kernels", *arguments]) == 1
     shown = capsys.readouterr().err
     assert message in shown and shown.count("\n") == 1
+
+
+@pytest.fixture
+def pretended_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the card: a wall clock, small ceilings, and torch's write (or SDPA) in the place of our kernel."""
+    found = card.Card("NVIDIA Pretended 1", 4096, 1 << 30, "abc", "2", "3", "13", "none")
+    plain, ceilings = kernels_command.make_problem, card.measure_ceilings
+
+    def on_cpu(case: Any, source: str | None) -> Any:
+        problem = plain(case, source, "cpu")
+        problem.ours = problem.baselines()["torch" if case.op == "kv_write" else "sdpa"]
+        return problem
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(card, "find_card", lambda: found)
+    monkeypatch.setattr(card, "measure_ceilings", lambda *_: ceilings(timing.wall_clock_timer, "cpu", 1 << 16, 64))
+    monkeypatch.setattr(timing, "cuda_graph_timer", timing.wall_clock_timer)
+    monkeypatch.setattr(kernels_command, "make_problem", on_cpu)
+
+
+WRITE = "kv_write-2q21s50-h4kv2d16-fp8"
+
+
+@pytest.mark.usefixtures("pretended_card")
+def test_a_run_prints_ceilings_cases_and_goals_and_writes_both_files(tmp_path: Path, capsys: Captured) -> None:
+    files = ["--csv", str(tmp_path / "kernels-{card}.csv"), "--json", "-"]
+    assert main(["bench", "kernels", "--case", WRITE, "--baselines", "none", "--commit", "f00", *files]) == 0
+    shown = capsys.readouterr()
+    document = json.loads(shown.out)
+    (row,) = document["rows"]
+    assert (row["case"], row["status"], document["commit"]) == (WRITE, "ok", "f00")
+    assert "measured ceilings: copy" in shown.err and WRITE in shown.err and "of copy" in shown.err
+    assert f"0 met, 0 not met, {len(plan.GOALS)} not measured" in shown.err
+    setting, rows = read_csv(tmp_path / "kernels-nvidia-pretended-1.csv")
+    assert (setting["name"], setting["commit"], rows[0].case) == ("NVIDIA Pretended 1", "f00", WRITE)
+    assert float(setting["copy_tbs"]) > 0 and rows[0].p20_us is not None
+
+
+@pytest.mark.usefixtures("pretended_card")
+def test_an_op_that_fails_ends_in_status_1_and_a_time_limit_skips_in_words(tmp_path: Path, capsys: Captured) -> None:
+    # SDPA, which stands for our op here, refuses learned sinks.
+    assert main(["bench", "kernels", "--case", "decode-2q1s9-w4-h4kv2d16-bf16-sinks", "--baselines", "none"]) == 1
+    assert "failed: Absent: SDPA has no learned sinks" in capsys.readouterr().out
+    path = tmp_path / "rows.json"
+    assert main(["bench", "kernels", "--case", WRITE, "--time-limit", "-1", "--json", str(path)]) == 0
+    assert "1 cases skipped: time limit of -1 s" in capsys.readouterr().out
+    (row,) = json.loads(path.read_text())["rows"]
+    assert (row["status"], row["p50_us"]) == ("skipped", None)
 
 
 def test_a_vllm_source_without_its_files_is_one_line(tmp_path: Path) -> None:
