@@ -8,6 +8,8 @@
 #   OUT=DIR                      where results go (default bench/results): kernels-<card>.csv and .json, gpu-suite.log
 #   PYTHON=COMMAND               default python3
 #   LIMIT=SECONDS                for all steps together (default 470)
+#   STEPS="tests tuning bench"   which steps (default all three)
+#   PART=NAME BENCH="FLAGS"      another part of the measurement, in files of its own: PART=-a BENCH="--goal A"
 #   COMMIT=NAME                  the measured commit, where git cannot tell
 #   VLLM_PUZZLE_VLLM_SOURCE=DIR  vLLM's package folder (its Triton kernels are a baseline also without vLLM)
 set -u
@@ -16,6 +18,8 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-$ROOT/bench/results}
 LIMIT=${LIMIT:-470}
+STEPS=" ${STEPS:-tests tuning bench} "
+PART=${PART:-}
 FAILED=()
 
 say() { echo "gpu_suite: $*"; }
@@ -106,14 +110,17 @@ COMMIT=${COMMIT:-$(git describe --always --abbrev=12 --dirty 2>/dev/null || echo
 if [[ -z ${VLLM_PUZZLE_VLLM_SOURCE:-} && -d $ROOT/.carry/vllm ]]; then
     export VLLM_PUZZLE_VLLM_SOURCE=$ROOT/.carry/vllm
 fi
-kernel_tests
-if [[ -f $ROOT/bench/ffn_tuning.py ]]; then
+[[ $STEPS == *" tests "* ]] && kernel_tests
+if [[ $STEPS == *" tuning "* && -f $ROOT/bench/ffn_tuning.py ]]; then
     step "FFN tuning" 110 -m vllm_puzzle.bench.ffn_tuning --time-limit 90 --out "$OUT"
 fi
-# What is left belongs to the measurement, less the time that its last case may take.
-BUDGET=$((LIMIT - SECONDS - 40))
-step "kernel benchmark" $((LIMIT - SECONDS)) -m vllm_puzzle.bench.command kernels --time-limit "$BUDGET" \
-    --commit "$COMMIT" --csv "$OUT/kernels-{card}.csv" --json "$OUT/kernels-{card}.json"
+if [[ $STEPS == *" bench "* ]]; then
+    # What is left belongs to the measurement, less the time that its last case may take.
+    read -ra flags <<<"${BENCH:-}"
+    step "kernel benchmark" $((LIMIT - SECONDS)) -m vllm_puzzle.bench.command kernels "${flags[@]}" \
+        --time-limit $((LIMIT - SECONDS - 40)) --commit "$COMMIT" \
+        --csv "$OUT/kernels-{card}$PART.csv" --json "$OUT/kernels-{card}$PART.json"
+fi
 
 if ((${#FAILED[@]})); then
     say "${#FAILED[@]} steps failed after $SECONDS s:"

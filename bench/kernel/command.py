@@ -19,8 +19,7 @@ from vllm_puzzle.bench.kernel.record import OURS, Row, as_json, write_csv
 from vllm_puzzle.model_configs.schema import ConfigError
 
 SOURCE_VARIABLE = "VLLM_PUZZLE_VLLM_SOURCE"
-# They compile for many seconds at each shape.
-COMPILED = frozenset({"torch_compile", "flex_attention"})
+BASELINE_CHOICES = ("auto", "all", "goals", "none")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -39,9 +38,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--list", action="store_true", help="print the cases with their floors and goals; no GPU needed"
     )
     parser.add_argument("--quick", action="store_true", help="one or two cases of each kind")
-    parser.add_argument("--no-sweep", action="store_true", help="only cases of goals")
+    parser.add_argument("--no-sweep", action="store_true", help="only quick cases and those of goals")
     parser.add_argument(
-        "--baselines", choices=("all", "goals", "none"), default="all", help="which others to run (default: all)"
+        "--goal", action="append", metavar="KEY", help="only the cases of this goal: A, B4, B4.2, P5 (may be repeated)"
+    )
+    parser.add_argument(
+        "--baselines",
+        choices=BASELINE_CHOICES,
+        default="auto",
+        help="which others to run; auto: the goals' and vLLM's, for quick cases all that are quick to compile",
     )
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no further case after this time")
     parser.add_argument("--json", metavar="FILE", help="write all results as JSON (`-`: print nothing else)")
@@ -77,7 +82,8 @@ def kernels(argv: Sequence[str]) -> int:
     setting, rows = measure(cases, args, show)
     verdicts = report.verdicts(rows)
     show(report.goal_table(verdicts))
-    _write(args, setting, rows, verdicts)
+    if args.json == "-":
+        print(as_json(rows, setting, verdicts))
     return int(any(row.status in ("wrong", "failed") for row in rows if row.implementation == OURS))
 
 
@@ -94,10 +100,14 @@ def choose(args: argparse.Namespace) -> list[Case]:
             found = [case for case in cases if fnmatchcase(case.name, text)] if "*" in text else [parse_case(text)]
             named |= {case.name: case for case in found}
         cases = list(named.values())
+    if args.goal:
+        wanted = {case.name for goal in plan.find_goals(args.goal) for case in goal.quantity.cases}
+        cases = [case for case in cases if case.name in wanted]
     if args.op:
         cases = [case for case in cases if case.op in args.op]
     if not cases:
-        raise ConfigError(f"bench kernels: found no case for --op {args.op} --case {args.case}, allowed: see `--list`")
+        found_flags = f"--op {args.op} --case {args.case} --goal {args.goal}"
+        raise ConfigError(f"bench kernels: found no case for {found_flags}, allowed: see `--list`")
     return cases
 
 
@@ -127,7 +137,9 @@ def measure(
         runner = Runner(cuda_graph_timer, ceilings, card.l2_bytes, counts)
         rows += runner.run(make_problem(case, args.vllm_source), goals, wanted_baselines(case, args.baselines))
         show(report.case_block([row for row in rows if row.case == case.name]))
+        save(args, setting, rows)
         release()
+    save(args, setting, rows)
     return setting, rows
 
 
@@ -144,15 +156,15 @@ def make_problem(case: Case, vllm_source: str | None, device: str = "cuda") -> A
 
 
 def wanted_baselines(case: Case, which: str) -> set[str] | None:
-    """Names of baselines to run, None for all. What must compile for many seconds runs only where a goal names it, and
-    for the quick cases.
-    """
+    """Names of baselines to run, None for all: `which` is one of BASELINE_CHOICES."""
     named = {name for goal in plan.goals_of(case) for name in goal.quantity.baselines}
-    if which != "all":
-        return named if which == "goals" else set()
-    if any(case.name == other.name for other in plan.QUICK):
-        return None
-    return named | (set(plan.BASELINES) - COMPILED)
+    if which in ("all", "none"):
+        return None if which == "all" else set()
+    if which == "goals":
+        return named
+    is_quick = any(case.name == other.name for other in plan.QUICK)
+    more = set(plan.BASELINES) - plan.SLOW_TO_COMPILE if is_quick else plan.VLLM_BASELINES
+    return named | more | (plan.SLOW_TO_COMPILE if case in plan.WITH_COMPILED else set())
 
 
 def release() -> None:
@@ -163,13 +175,11 @@ def release() -> None:
     torch.cuda.empty_cache()
 
 
-def _write(
-    args: argparse.Namespace, setting: dict[str, Any], rows: Sequence[Row], verdicts: Sequence[dict[str, str]]
-) -> None:
-    if args.json == "-":
-        print(as_json(rows, setting, verdicts))
-    elif args.json:
-        Path(args.json.format(card=setting["slug"])).write_text(as_json(rows, setting, verdicts) + "\n")
+def save(args: argparse.Namespace, setting: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Write the files that were asked for: after each case, so that a hang costs that case only."""
+    if args.json and args.json != "-":
+        text = as_json(rows, setting, report.verdicts(rows))
+        Path(args.json.format(card=setting["slug"])).write_text(text + "\n")
     if args.csv:
         with Path(args.csv.format(card=setting["slug"])).open("w", newline="") as file:
             write_csv(file, rows, setting)

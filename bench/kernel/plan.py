@@ -21,6 +21,7 @@ from vllm_puzzle.bench.kernel.goals import (
     rate,
     share,
 )
+from vllm_puzzle.model_configs.schema import ConfigError
 
 SUPER, ULTRA_SHARD = (8192, 17920), (16384, 53248)  # hidden, width; 53248 is an eighth of 425984
 WIDE = (8192, 28672)
@@ -148,6 +149,10 @@ BASELINES = (
     "torch_compile", "cublas", "scaled_mm", "vllm_block", "one_by_one", "one_by_one_cublas", "sdpa", "flex_attention",
     "vllm_triton", "vllm_triton_bf16q", "flash_attention_3", "flashinfer", "torch", "vllm_write", "two_launches",
 )  # fmt: skip
+VLLM_BASELINES = frozenset({"vllm_triton", "vllm_triton_bf16q", "vllm_write", "vllm_block", "flash_attention_3"})
+# Many seconds at each shape: where a goal names them, and in a few cases besides.
+SLOW_TO_COMPILE = frozenset({"torch_compile", "flex_attention"})
+WITH_COMPILED = (BIG[0], LATENCY[1], PARALLEL_LARGE[0])
 
 
 # One or two cases of each kind: does everything run, and where does it stand.
@@ -206,6 +211,17 @@ def cases(is_quick: bool = False, with_sweep: bool = True) -> list[Case]:
     if with_sweep and not is_quick:
         chosen += _ffn_sweep() + _attention_sweep()
     return list({case.name: case for case in chosen}.values())
+
+
+def find_goals(keys: Sequence[str]) -> list[Goal]:
+    """Goals by the start of their key ("A", "B4", "B4.2") or their promise ("P5"). ConfigError for one of none."""
+    found: dict[str, Goal] = {}
+    for key in keys:
+        matching = [goal for goal in GOALS if key in (goal.promise, goal.key, goal.key.split(".")[0], goal.key[0])]
+        if not matching:
+            raise ConfigError(f"`--goal`: found {key!r}, allowed: A, B, A1 to A8, B1 to B11, one as A1.1, P1 to P7")
+        found |= {goal.key: goal for goal in matching}
+    return list(found.values())
 
 
 def goals_of(case: Case) -> tuple[Goal, ...]:

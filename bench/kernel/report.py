@@ -88,15 +88,20 @@ def goal_table(found: Sequence[dict[str, str]]) -> str:
 
 
 def readme_table(folder: Path) -> list[str]:
-    """Lines of the README's table: a row for each goal; measured as the files `kernels-*.csv` of `folder` say."""
-    recorded = [read_csv(path) for path in sorted(folder.glob("kernels-*.csv"))]
+    """Lines of the README's table: a row for each goal; measured as the files `kernels-*.csv` of `folder` say, those of
+    one card and commit together.
+    """
+    recorded: dict[tuple[str, str], list[Row]] = {}
+    for path in sorted(folder.glob("kernels-*.csv")):
+        setting, rows = read_csv(path)
+        recorded.setdefault((setting["name"], setting["commit"]), []).extend(rows)
     lines = ["| goal | case | required | measured |", "|---|---|---|---|"]
     for goal in plan.GOALS:
         cells = []
-        for setting, rows in recorded:
+        for (card, commit), rows in recorded.items():
             verdict = goal.judge(rows)
             text = f"{verdict.status}: {verdict.text}" if verdict.text else verdict.status
-            cells.append(f"{setting['name']}: {text}")
+            cells.append(f"{card}, {commit}: {text}")
         lines.append(f"| {goal.title} | {goal.what} | {goal.required} | {'; '.join(cells) or UNMEASURED} |")
     return lines
 

@@ -66,7 +66,11 @@ def test_without_a_gpu_one_line_says_so(capsys: Captured, monkeypatch: pytest.Mo
     ("arguments", "message"),
     [
         (("--case", "decode-64q1"), "`--case`: found 'decode-64q1', allowed: a name as"),
-        (("--case", "nothing-*"), "found no case for --op None --case ['nothing-*'], allowed: see `--list`"),
+        (
+            ("--case", "nothing-*"),
+            "found no case for --op None --case ['nothing-*'] --goal None, allowed:",
+        ),
+        (("--goal", "C1"), "`--goal`: found 'C1', allowed: A, B, A1 to A8, B1 to B11, one as A1.1, P1 to P7"),
         (("--op", "down", "--case", "gate_up-m1-d256-i384-bf16"), "found no case for --op ['down']"),
     ],
 )
@@ -143,14 +147,26 @@ def test_flags_choose_cases() -> None:
     assert matched and all(case.op == "kv_write" for case in matched)
 
 
+def test_goals_choose_their_cases() -> None:
+    def names(*keys: str) -> set[str]:
+        flags = [text for key in keys for text in ("--goal", key)]
+        return {case.name for case in kernels_command.choose(options(*flags))}
+
+    assert names("P6") == names("B6") == names("B6.1") == {case.name for case in plan.LATENCY}
+    assert names("A") | names("B") == {case.name for case in plan.goal_cases()}
+    assert names("A1", "A2") == {case.name for case in plan.DECODE_FFN + plan.DECODE_FFN_LARGER}
+
+
 def test_what_compiles_for_long_runs_only_beside_its_goals() -> None:
     wanted = kernels_command.wanted_baselines
     prefill, sweep = plan.PREFILL_WIDE[1], parse_case("decode-4q1s4k-w1k-h64kv8d64-fp8")
-    assert "flex_attention" in (wanted(prefill, "all") or ())
-    assert wanted(sweep, "all") == set(plan.BASELINES) - kernels_command.COMPILED
+    assert "flex_attention" in (wanted(prefill, "auto") or ())
+    assert wanted(sweep, "auto") == plan.VLLM_BASELINES
+    assert wanted(plan.QUICK[-1], "auto") == set(plan.BASELINES) - plan.SLOW_TO_COMPILE
+    assert wanted(plan.BIG[0], "auto") == set(plan.BASELINES)
     assert wanted(prefill, "goals") == {"vllm_triton", "vllm_triton_bf16q", "flex_attention"}
     assert wanted(prefill, "none") == wanted(sweep, "goals") == set()
-    assert wanted(plan.QUICK[0], "all") is None
+    assert wanted(sweep, "all") is None
 
 
 @pytest.fixture(scope="module")

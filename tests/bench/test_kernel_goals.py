@@ -163,5 +163,11 @@ def test_without_results_every_goal_is_not_yet_measured_and_with_them_it_has_the
         with (tmp_path / f"kernels-{name[-1]}.csv").open("w", newline="") as file:
             write_csv(file, [Row(case.name, "decode", OURS, "ok", p50_us=time)], SETTING | {"name": name})
     (line,) = (line for line in report.readme_table(tmp_path) if line.startswith("| B6.1"))
-    assert "NVIDIA A: not measured: 1 of 6 measured, so far 7 µs" in line
-    assert "NVIDIA B: not met: 9 µs" in line
+    assert "NVIDIA A, abc: not measured: 1 of 6 measured, so far 7 µs" in line
+    assert "NVIDIA B, abc: not met: 9 µs" in line
+    # Another part of the same card and commit completes the first.
+    with (tmp_path / "kernels-A-2.csv").open("w", newline="") as file:
+        rows = [Row(case.name, "decode", OURS, "ok", p50_us=7.5) for case in plan.LATENCY[1:]]
+        write_csv(file, rows, SETTING | {"name": "NVIDIA A"})
+    (line,) = (line for line in report.readme_table(tmp_path) if line.startswith("| B6.1"))
+    assert "NVIDIA A, abc: met: 7.5 µs" in line
