@@ -99,6 +99,20 @@ def why_unsupported(device: torch.device) -> str | None:
     return f"found {found}, allowed: an NVIDIA GPU of compute capability {HOPPER}.x"
 
 
+def default_for(x: Tensor, weight: Tensor, is_gated: bool, out_dtype: torch.dtype, kind: str) -> Config:
+    """What to run without a table on these matrices and a fresh output; kind: one of ffn_table.KINDS."""
+    if not (_suits_tma(x) and _suits_tma(weight)):
+        return Config("unaligned")
+    n = weight.shape[0] // (2 if is_gated else 1)
+    found = default_config("gate_up" if is_gated else "down", kind, x.shape[0], n, x.shape[1], _num_sms(x.device))
+    # Some wide forms are not shipped: the exact one writes no e4m3, the bfloat16 one neither, nor plain products.
+    tiles = [found.tile, *(["wide"] if kind == "fp8" else []), "skinny-64"]
+    usable = (
+        config for config in (found, *map(Config, tiles[1:])) if is_usable(config, x, weight, is_gated, out_dtype)
+    )
+    return next(usable)
+
+
 def is_usable(config: Config, x: Tensor, weight: Tensor, is_gated: bool, out_dtype: torch.dtype) -> bool:
     """Whether a configuration fits these matrices and a fresh output of `out_dtype`: alignment and shipped forms."""
     num_outputs = weight.shape[0] // (2 if is_gated else 1)
@@ -161,14 +175,8 @@ class _Job:
 
     def default(self) -> Config:
         """What to run without a table."""
-        if not (_suits_tma(self.x) and _suits_tma(self.weight)):
-            return Config("unaligned")
-        op, (m, k), n = ("gate_up" if self.is_gated else "down"), self.x.shape, self.out.shape[1]
-        can_store = _suits_tma(self.out) and self.out.dtype != torch.float32
-        found = default_config(op, self.kind, m, n, k, _num_sms(self.x.device), can_store)
-        if found.tile == "wide-exact" and self.out.dtype == E4M3:  # that form writes bfloat16 only
-            return Config("wide" if self.kind == "fp8" else "skinny-64")
-        return found
+        found = default_for(self.x, self.weight, self.is_gated, self.out.dtype, self.kind)
+        return Config("skinny-64") if "wide" in found.tile and not _suits_tma(self.out) else found
 
 
 def _run(job: _Job, config: Config | None) -> Tensor:
@@ -281,9 +289,8 @@ def _pointer(tensor: Tensor | None, job: _Job) -> Tensor:
 
 
 def _scale_pointers(job: _Job) -> tuple[Tensor, ...]:
-    weight, x = job.weight_scales, job.x_scales
-    found = job.row_scale, weight and weight.values, x and x.values, job.out_scale
-    return tuple(_pointer(tensor, job) for tensor in found)
+    scales = [None if scales is None else scales.values for scales in (job.weight_scales, job.x_scales)]
+    return tuple(_pointer(tensor, job) for tensor in (job.row_scale, *scales, job.out_scale))
 
 
 def _scale_strides(job: _Job) -> tuple[int, ...]:
@@ -306,8 +313,13 @@ def _suits_tma(matrix: Tensor) -> bool:
     return matrix.data_ptr() % ALIGNMENT == 0 and matrix.stride(0) * matrix.element_size() % ALIGNMENT == 0
 
 
+def allowed_types() -> tuple[torch.dtype, ...]:
+    """The types of x and weight."""
+    return (torch.bfloat16, E4M3, *((torch.float16, torch.float32) if ffn_triton.is_interpreted() else ()))
+
+
 def _check_matrices(x: Tensor, weight: Tensor, name: str) -> None:
-    allowed = (torch.bfloat16, E4M3, *((torch.float16, torch.float32) if ffn_triton.is_interpreted() else ()))
+    allowed = allowed_types()
     for what, matrix in ((name, x), ("weight", weight)):
         if matrix.dim() != 2 or (matrix.stride(1) != 1 and matrix.shape[1] > 1):
             found = f"shape {tuple(matrix.shape)}, strides {matrix.stride()}"
@@ -333,6 +345,8 @@ def _output(out: Tensor | None, x: Tensor, width: int, quantized: torch.dtype | 
     dtype = quantized or (torch.bfloat16 if x.dtype == E4M3 else x.dtype)
     if out is None:
         return torch.empty((x.shape[0], width), dtype=dtype, device=x.device)
+    if ffn_triton.is_interpreted() and dtype == torch.bfloat16 and out.dtype in (torch.float16, torch.float32):
+        dtype = out.dtype
     is_right = out.shape == (x.shape[0], width) and out.dtype == dtype and out.device == x.device
     if not is_right or (out.stride(1) != 1 and width > 1) or out.stride(0) > MAX_OUT_STRIDE:
         found = f"{out.dtype} {tuple(out.shape)}, strides {out.stride()}, on {out.device}"

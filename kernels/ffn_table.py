@@ -160,15 +160,13 @@ def write_table(path: Path, table: Table) -> None:
     path.write_text(head + ",\n".join(lines) + "\n]}\n")
 
 
-def default_config(op: str, kind: str, m: int, n: int, k: int, num_sms: int, can_store_tiles: bool = True) -> Config:
+def default_config(op: str, kind: str, m: int, n: int, k: int, num_sms: int) -> Config:
     """A reasonable configuration without a measurement, for aligned matrices: what `on` and the tests run.
 
     FP8 sums exactly here (`wide-exact`); whether the tensor core's shorter sums pay is for a table to say.
-    `can_store_tiles`: the output's rows suit TMA.
     """
     if m > MAX_SPLIT_TOKENS:
-        is_wide = can_store_tiles and (op == "gate_up" or kind != "bf16")  # a plain bf16 matrix product is cuBLAS's
-        return Config(("wide" if kind == "bf16" else "wide-exact") if is_wide else "skinny-64")
+        return Config("wide" if kind == "bf16" else "wide-exact")
     tile = "skinny-16" if m <= 16 else "skinny-64"
     rows = 64 if op == "gate_up" else 128
     num_tiles = math.ceil(n / rows)

@@ -48,6 +48,6 @@ class Variant:
 
 def shipped() -> tuple[Variant, ...]:
     """Every configuration of every kernel in this package."""
-    from vllm_puzzle.kernels import thinking_triton
+    from vllm_puzzle.kernels import ffn_triton, thinking_triton
 
-    return (*thinking_triton.variants(),)
+    return (*thinking_triton.variants(), *ffn_triton.variants())

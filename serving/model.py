@@ -31,6 +31,8 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm_puzzle.serving import vllm_compat
+from vllm_puzzle.serving.ffn import PuzzleFFN
+from vllm_puzzle.serving.ffn_kernels import choose_paths
 from vllm_puzzle.serving.hf_config import model_record
 from vllm_puzzle.serving.layers import add_and_norm, build_layer
 from vllm_puzzle.serving.moe import PuzzleMoE
@@ -141,6 +143,7 @@ class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle3):
         super().__init__()
         if vllm_config.lora_config is not None:
             vllm_compat.refuse_expert_adapters()
+        self.vllm_config = vllm_config
         self.config = vllm_config.model_config.hf_config
         self.quant_config = vllm_config.quant_config
         self.quantization = prepare_quantization(vllm_config, model_record(self.config))
@@ -190,6 +193,10 @@ class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle3):
         weights = check_shared_scales(weights, self.quantization)
         rest = self._load_experts(account.watch(weights), account, loaded)
         return loaded | AutoWeightsLoader(self).load_weights(rest, mapper=self.hf_to_vllm_mapper)
+
+    def process_weights_after_loading(self) -> None:
+        """vLLM's hook for when every weight has its final form."""
+        choose_paths((module for module in self.modules() if isinstance(module, PuzzleFFN)), self.vllm_config)
 
     def _load_experts(
         self, weights: Iterable[tuple[str, torch.Tensor]], account: TensorAccount, loaded: set[str]

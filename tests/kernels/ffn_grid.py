@@ -200,7 +200,7 @@ CONFIGS = (
 CODES = (
     (BF16, 5, None), (BF16, 60, Config("skinny-64")), (BF16, 5, Config("skinny-16", 3)), (BF16, 5, Config("unaligned")),
     ("fp8 tensor", 5, None), ("fp8 tensor", 130, Config("wide")), ("fp8 channel", 70, Config("skinny-64")),
-    ("fp8 block", 130, None), ("fp8 block", 3, Config("skinny-16", 2)),
+    ("fp8 block", 130, None), ("fp8 block", 3, Config("skinny-16", 2)), (BF16, 130, None),
 )  # fmt: skip
 
 
