@@ -11,12 +11,14 @@ usage: vllm-puzzle serve [MODEL] [any flag of `vllm serve`]
        vllm-puzzle inspect MODEL_OR_CONFIG [--json]
        vllm-puzzle convert SRC DST --to {per_layer_config,anymodel,deci}
        vllm-puzzle gateway --upstream URL [--upstream-kind KIND] [--tokenizer DIR]
+       vllm-puzzle fuse plan MODEL --data FILE [--max-gib N] [--out plan.json]
 
   serve    start an OpenAI-compatible server; without MODEL, the pocket model that the package ships
            (`vllm-puzzle serve --help` lists vLLM's flags)
   inspect  show a model's layers, parameters and KV-cache bytes, from its config.json alone
   convert  write the same model under another description; weights are linked, not changed
   gateway  the reasoning dial in front of any OpenAI-compatible server (`vllm-puzzle gateway --help`)
+  fuse     measure which FFNs of a model can become one, and plan it (`vllm-puzzle fuse --help`)
 """
 
 
@@ -48,13 +50,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             from vllm_puzzle.serving.gateway.command import gateway
 
             return gateway(rest)
+        if command == "fuse":
+            from vllm_puzzle.serving.fuse.command import fuse
+
+            return fuse(rest)
     except BrokenPipeError:  # `… | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ConfigError as error:
         print(f"vllm-puzzle: {error}", file=sys.stderr)
         return 1
-    print(f"vllm-puzzle: found subcommand {command!r}, allowed: serve, inspect, convert, gateway", file=sys.stderr)
+    print(
+        f"vllm-puzzle: found subcommand {command!r}, allowed: serve, inspect, convert, gateway, fuse", file=sys.stderr
+    )
     return 2
 
 

@@ -143,7 +143,8 @@ LEDGER = (
     ),
     LedgerEntry(
         target="vllm.lora.worker_manager:WorkerLoRAManager._load_adapter",
-        why="as above: vLLM's refusal lists every tensor of every expert; wrapped to say it in one line",
+        why="as above: vLLM's refusal lists every tensor of every expert; wrapped to say it in one line, and to refuse "
+        "an adapter for FFNs that are fused, of which vLLM would drop or misplace the weights",
         upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/lora/lora_model.py",
         remove_when="as above",
     ),
@@ -168,7 +169,8 @@ LEDGER = (
     ),
     LedgerEntry(
         target="vllm.config.reasoning:ReasoningConfig.enabled",
-        why="whether the server can count thinking tokens; a budget without it is refused before it is queued",
+        why="whether the server can count thinking tokens; a budget without it is refused before it is queued. An "
+        "empty one stands for the parser that vLLM chooses by itself (gpt-oss), of which it makes none",
         upstream="as above",
         remove_when="as above",
     ),
@@ -251,6 +253,19 @@ LEDGER = (
         "one, so that an answer after a thought closed by the prompt comes back as the thought",
         upstream="https://github.com/vllm-project/vllm/issues/19222 (also 19017, 30139)",
         remove_when="both ways of parsing start from the prompt's state, and a turn is judged without earlier ones",
+    ),
+    LedgerEntry(
+        target="vllm.parser.harmony:HarmonyParser.process_chunk",
+        why="a whole reply has each Harmony message of one kind on a line of its own, a stream all on one line; the "
+        "line break is put into the segments (serving/consistent_parser.py)",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/parser/harmony.py (parse, parse_delta)",
+        remove_when="a stream's text is the whole reply's",
+    ),
+    LedgerEntry(
+        target="vllm.parser.harmony:_SegmentType.from_channel_and_recipient",
+        why="which of these messages are thought, answer or tool call",
+        upstream="as above",
+        remove_when="as above",
     ),
     LedgerEntry(
         target="vllm.v1.engine.async_llm:AsyncLLM.generate",

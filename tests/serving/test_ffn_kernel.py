@@ -12,9 +12,8 @@ from typing import Any
 import parity
 import pytest
 import quantized_checkpoints as quantized
-from parity import Jobs, assert_equal_to
+from parity import Jobs, assert_equal_to, assert_equal_up_to_flips, errors, rms
 from safetensors.torch import load_file
-from test_quantized import assert_equal_up_to_flips, errors, rms
 from vllm_puzzle.kernels.ffn_table import KINDS, Config, Entry, Table, write_table
 from vllm_puzzle.model_configs.inspect_model import load_record
 from vllm_puzzle.model_configs.schema import ConfigError
