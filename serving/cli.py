@@ -11,6 +11,7 @@ usage: vllm-puzzle serve [MODEL] [any flag of `vllm serve`]
        vllm-puzzle inspect MODEL_OR_CONFIG [--json]
        vllm-puzzle convert SRC DST --to {per_layer_config,anymodel,deci}
        vllm-puzzle gateway --upstream URL [--upstream-kind KIND] [--tokenizer DIR]
+       vllm-puzzle fuse plan MODEL --data FILE [--max-gib N] [--out plan.json]
        vllm-puzzle bench [NAME]
 
   serve    start an OpenAI-compatible server; without MODEL, the pocket model that the package ships
@@ -18,6 +19,7 @@ usage: vllm-puzzle serve [MODEL] [any flag of `vllm serve`]
   inspect  show a model's layers, parameters and KV-cache bytes, from its config.json alone
   convert  write the same model under another description; weights are linked, not changed
   gateway  the reasoning dial in front of any OpenAI-compatible server (`vllm-puzzle gateway --help`)
+  fuse     measure which FFNs of a model can become one, and plan it (`vllm-puzzle fuse --help`)
   bench    measure on this machine; without NAME, list what can be measured
 """
 
@@ -50,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from vllm_puzzle.serving.gateway.command import gateway
 
             return gateway(rest)
+        if command == "fuse":
+            from vllm_puzzle.serving.fuse.command import fuse
+
+            return fuse(rest)
         # `bench` lies above serving and is found by name, as any other package's subcommand would be.
         from importlib.metadata import entry_points
 
@@ -64,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"vllm-puzzle: {error}", file=sys.stderr)
         return 1
-    allowed = ", ".join(["serve", "inspect", "convert", "gateway", *sorted(others.names)])
+    allowed = ", ".join(["serve", "inspect", "convert", "gateway", "fuse", *sorted(others.names)])
     print(f"vllm-puzzle: found subcommand {command!r}, allowed: {allowed}", file=sys.stderr)
     return 2
 

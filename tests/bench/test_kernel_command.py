@@ -42,7 +42,10 @@ def test_unknown_names_are_one_line_with_what_is_allowed(capsys: Captured) -> No
     assert main(["bench", "nothing"]) == 1
     assert capsys.readouterr().err == f"vllm-puzzle: bench: found 'nothing', allowed: {', '.join(command.BENCHMARKS)}\n"
     assert main(["benchmark"]) == 2
-    assert "found subcommand 'benchmark', allowed: serve, inspect, convert, gateway, bench" in capsys.readouterr().err
+    assert (
+        "found subcommand 'benchmark', allowed: serve, inspect, convert, gateway, fuse, bench"
+        in capsys.readouterr().err
+    )
 
 
 def test_cases_are_listed_with_floors_and_goals_without_a_gpu(capsys: Captured) -> None:
