@@ -223,6 +223,29 @@ def test_the_gpu_suite_is_valid_bash_and_stops_in_one_line_without_a_gpu(root: P
     assert not (tmp_path / "out").exists()
 
 
+def test_the_gpu_suite_runs_every_step_and_tells_which_failed(root: Path, tmp_path: Path) -> None:
+    # A Python that only notes what it is asked for: the tests fail, the benchmark passes.
+    calls, python, out = tmp_path / "calls", tmp_path / "python", tmp_path / "out"
+    python.write_text(f'#!/bin/bash\necho "$*" >> {calls}\ncase "$*" in *"pytest -q"*) exit 3 ;; esac\n')
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "OUT": str(out), "LIMIT": "16", "COMMIT": "f00", "PART": "-a"}
+    environment |= {"BENCH": "--goal A", "STEPS": "tests bench"}
+    done = subprocess.run(
+        ["bash", str(root / "bench" / "gpu_suite.sh")], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "1 steps failed after" in done.stdout and "kernels against their twins: status 3" in done.stdout
+    assert (out / "gpu-suite.log").read_text() == done.stdout
+    (bench,) = (line for line in calls.read_text().splitlines() if "bench.command kernels" in line)
+    assert "--goal A --time-limit" in bench and f"--commit f00 --csv {out}/kernels-{{card}}-a.csv" in bench
+    # Nothing starts in the last seconds, and that is told as well.
+    late = subprocess.run(
+        ["bash", str(root / "bench" / "gpu_suite.sh")], env=environment | {"LIMIT": "5"}, capture_output=True,
+        text=True, timeout=60,
+    )  # fmt: skip
+    assert late.returncode == 1 and "kernel benchmark: no time left" in late.stdout
+
+
 @pytest.mark.gpu
 def test_a_quick_run_measures_every_kind_and_our_ops_are_right(tmp_path: Path) -> None:
     path = tmp_path / "kernels.json"
