@@ -189,10 +189,10 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of each sequence's last tokens with its paged cache. q: [T, H, D] → float32 [T, H, D].
 
-    k_cache, v_cache: [blocks, KV, page, D]; key n of sequence b is `cache[block_table[b, n // page], :, n % page]` times
-    its scale ([1] or [KV]; None: 1). Sequence b's queries are the rows from `query_start_loc[b]` up to the next one, at
-    positions that end with `seq_lens[b] - 1`. Window, `sinks` and `num_sink_tokens` as in `attention`. A sequence of
-    length 0 is padding. Rows of no sequence are 0.
+    k_cache, v_cache: [blocks, KV, page, D]; key n of sequence b is `cache[block_table[b, n // page], :, n % page]`
+    times its scale ([1] or [KV]; None: 1). Sequence b's queries are the rows from `query_start_loc[b]` up to the next
+    one, at positions that end with `seq_lens[b] - 1`. Window, `sinks` and `num_sink_tokens` as in `attention`. A
+    sequence of length 0 is padding. Rows of no sequence are 0.
     """
     output = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     num_heads, head_dim = q.shape[1:]

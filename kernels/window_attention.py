@@ -161,6 +161,7 @@ def window_attention(
     _require(
         sliding_window is None or sliding_window > 0, "sliding_window", sliding_window, "None or a positive number"
     )
+    _require(num_sink_tokens >= 0, "num_sink_tokens", num_sink_tokens, "0 or more")
     num_heads, head_dim = q.shape[1:]
     num_kv_heads, page = k_cache.shape[1:3]
     num_seqs, num_pages = block_table.shape

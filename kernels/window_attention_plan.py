@@ -15,7 +15,7 @@ from vllm_puzzle.kernels.window_attention_triton import NOT_SPECIALIZED, decode_
 
 MAX_DECODE_LEN = 8  # up to here a sequence's queries are decoding (drafts to verify), and its keys may be split
 MAX_SPLITS = 64
-# Of `choose_num_splits`, in tile times: the second launch, and a tile whose program has its SM alone. Assumed.
+# Of `modelled_time`: the second launch, and a tile whose program has its SM alone. Assumed, not measured.
 REDUCE_COST, LONE_TILE_COST = 3.0, 0.6
 
 
@@ -57,19 +57,22 @@ def choose_config(cache_dtype: torch.dtype, head_dim: int, num_rows: int) -> Con
     return Config(decode_kernel, rows=16, tile=tile, num_warps=4, num_stages=5)
 
 
+def modelled_time(num_programs: int, num_tiles: int, splits: int, num_sms: int) -> float:
+    """Of `num_programs` programs with `num_tiles` tiles each, when split: in the time of a tile on a full card.
+
+    Two programs share an SM. Until the card is full a tile takes LONE_TILE_COST; what is left over after full waves
+    runs as on an empty card.
+    """
+    waves, rest = divmod(num_programs * splits, 2 * num_sms)
+    last = max(LONE_TILE_COST, rest / (2 * num_sms)) if rest else 0.0
+    return math.ceil(num_tiles / splits) * (waves + last) + REDUCE_COST * (splits > 1)
+
+
 @functools.lru_cache(maxsize=4096)
 def choose_num_splits(num_programs: int, num_tiles: int, num_sms: int, max_splits: int) -> int:
-    """Over how many programs to split each of `num_programs`' `num_tiles` tiles: the least modelled time, no cliffs.
-
-    Two programs share an SM. A program's time is its tiles, times the waves of programs; splitting costs the reduction.
-    """
-
-    def cost(splits: int) -> float:
-        programs, tiles = num_programs * splits, math.ceil(num_tiles / splits)
-        time = LONE_TILE_COST * tiles if programs <= num_sms else math.ceil(programs / (2 * num_sms)) * float(tiles)
-        return time + REDUCE_COST * (splits > 1)
-
-    return min(range(1, max(1, min(num_tiles, max_splits, MAX_SPLITS)) + 1), key=cost)
+    """Over how many programs to split each of `num_programs`' tiles: the least modelled time, the fewest of equals."""
+    candidates = range(1, max(1, min(num_tiles, max_splits, MAX_SPLITS)) + 1)
+    return min(candidates, key=lambda splits: modelled_time(num_programs, num_tiles, splits, num_sms))
 
 
 @dataclass(frozen=True, slots=True)
