@@ -33,6 +33,8 @@ from vllm.sequence import IntermediateTensors
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm_puzzle.model_configs.fused_tensors import places
 from vllm_puzzle.serving import vllm_compat
+from vllm_puzzle.serving.ffn import PuzzleFFN
+from vllm_puzzle.serving.ffn_kernels import choose_paths
 from vllm_puzzle.serving.fused_model import served_model
 from vllm_puzzle.serving.fused_weights import FusedWeights
 from vllm_puzzle.serving.layers import add_and_norm, build_layer
@@ -146,6 +148,7 @@ class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle3):
         super().__init__()
         if vllm_config.lora_config is not None:
             vllm_compat.refuse_unfit_adapters()
+        self.vllm_config = vllm_config
         self.config = vllm_config.model_config.hf_config
         self.quant_config = vllm_config.quant_config
         self.served = served = served_model(vllm_config)
@@ -206,6 +209,10 @@ class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle3):
         )
         rest = self._load_experts(fused.stream(weights), account, loaded)
         return loaded | AutoWeightsLoader(self).load_weights(rest, mapper=self.hf_to_vllm_mapper)
+
+    def process_weights_after_loading(self) -> None:
+        """vLLM's hook for when every weight has its final form."""
+        choose_paths((module for module in self.modules() if isinstance(module, PuzzleFFN)), self.vllm_config)
 
     def _load_experts(
         self, weights: Iterable[tuple[str, torch.Tensor]], account: TensorAccount, loaded: set[str]

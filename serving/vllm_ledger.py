@@ -280,4 +280,55 @@ LEDGER = (
         upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/engine/core_client.py",
         remove_when="collective_rpc returns every engine's answers",
     ),
+    LedgerEntry(
+        target="vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel:FP8ScaledMMLinearKernel.apply_scaled_mm",
+        why="our FFN kernels take an FP8 layer's weight, scale and quantized input as vLLM's kernel object has them "
+        "(fp8_linear, scheme.fp8_linear or kernel), and its product where that is faster",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/model_executor/kernels/linear/__init__.py",
+        remove_when="vLLM lets plugins register a fused FFN",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel:Fp8BlockScaledMMLinearKernel",
+        why="as above, with a scale for each block: apply_block_scaled_mm, quant_fp8, use_triton",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.layers.quantization.input_quant_fp8:QuantFP8",
+        why="quantizes the inputs of our FFN kernels (quant_fp8 of those objects), fused with the norm as for vLLM's",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.layers.linear:UnquantizedLinearMethod",
+        why="its exact type says that a weight is plain",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.layers.activation:SiluAndMul.forward_cuda",
+        why="the activation's own kernel inside our operators, where vLLM would run plain torch operations because it "
+        "counts on the compiler; with a scale torch.ops._C.silu_and_mul_quant of the CUDA build",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/model_executor/layers/activation.py",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
+        why="it frees a plain weight after packing it on CPU unless the layer has _cpu_skip_gemm_dispatch; our kernels "
+        "under Triton's interpreter read the weight",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/model_executor/layers/utils.py",
+        remove_when="a layer can ask for its plain weight",
+    ),
+    LedgerEntry(
+        target="vllm.utils.torch_utils:_encode_layer_name",
+        why="a layer's name as an operator's argument that does not make the compiler compile each layer anew",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/utils/torch_utils.py (LayerName)",
+        remove_when="the functions lose their underscore",
+    ),
+    LedgerEntry(
+        target="vllm.utils.torch_utils:_resolve_layer_name",
+        why="as above, back inside the operator",
+        upstream="as above",
+        remove_when="as above",
+    ),
 )
