@@ -106,7 +106,7 @@ def default_for(x: Tensor, weight: Tensor, is_gated: bool, out_dtype: torch.dtyp
     n = weight.shape[0] // (2 if is_gated else 1)
     found = default_config("gate_up" if is_gated else "down", kind, x.shape[0], n, x.shape[1], _num_sms(x.device))
     # Some wide forms are not shipped: the exact one writes no e4m3, the bfloat16 one neither, nor plain products.
-    tiles = [found.tile, *(["wide"] if kind == "fp8" else []), "skinny-64"]
+    tiles = [found.tile, *(["wide"] if kind in ("fp8", "fp8-token") else []), "skinny-64"]
     usable = (
         config for config in (found, *map(Config, tiles[1:])) if is_usable(config, x, weight, is_gated, out_dtype)
     )

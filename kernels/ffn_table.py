@@ -18,7 +18,9 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parent / "tables"
 OPS = ("gate_up", "down")
-KINDS = ("bf16", "fp8", "fp8-block")  # what is multiplied; `fp8` has scales per tensor, channel or token
+# What is multiplied: bfloat16, or e4m3 with inputs scaled by one number (and a hidden vector written as e4m3), by one
+# for each token, or by one for each 128 of a token.
+KINDS = ("bf16", "fp8", "fp8-token", "fp8-block")
 TILES = ("skinny-16", "skinny-64", "wide", "wide-exact", "unaligned")
 MAX_SPLITS = 16
 MAX_SPLIT_TOKENS = 64  # partial sums of more tokens cost more than they bring
@@ -177,14 +179,14 @@ def default_config(op: str, kind: str, m: int, n: int, k: int, num_sms: int) -> 
     return Config(tile, max(1, min(wanted, most, MAX_SPLITS)))
 
 
-def candidates(op: str, kind: str, m: int, k: int, is_quantized: bool = False) -> list[Config]:
-    """Every configuration worth measuring. `is_quantized`: gate_up writes e4m3."""
+def candidates(op: str, kind: str, m: int, k: int) -> list[Config]:
+    """Every configuration worth measuring."""
     found = [Config(tile) for tile in ("skinny-16", "skinny-64") if tile == "skinny-64" or m <= 64]
     if m <= MAX_SPLIT_TOKENS:
         most = min(MAX_SPLITS, max(1, math.ceil(k / 128) // 2))
         found += [Config(tile.tile, splits) for tile in tuple(found) for splits in (2, 4, 8, 16) if splits <= most]
     if m > 16 and op == "gate_up" and kind != "fp8-block":
         found.append(Config("wide"))
-    if m > 16 and kind != "bf16" and not is_quantized:
+    if m > 16 and kind != "bf16" and (op, kind) != ("gate_up", "fp8"):  # that form writes no e4m3
         found.append(Config("wide-exact"))
     return found

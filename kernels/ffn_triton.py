@@ -186,6 +186,26 @@ def _put(value, out, origin, places, mask, TYPE: tl.constexpr):
     tl.store(out.to(tl.pointer_type(TYPE), bitcast=True) + origin + places, value.to(TYPE), mask=mask)
 
 
+@triton.jit
+def _store(
+    first, second, out, origin, places, pair, mask, second_mask, out_scale, is_gated, is_other, OUT: tl.constexpr
+):
+    """Both accumulators of a skinny tile, [tokens, rows]: one result if gated, else two `pair` columns apart."""
+    if is_gated != 0:
+        hidden = _silu_mul(first, second)
+        if is_other != 0:
+            _put(_to_e4m3(hidden, out_scale), out, origin, places, mask, tl.float8e4nv)
+        else:
+            _put(hidden, out, origin, places, mask, OUT)
+    else:
+        if is_other != 0:
+            _put(first, out, origin, places, mask, tl.float32)
+            _put(second, out, origin, places + pair, second_mask, tl.float32)
+        else:
+            _put(first, out, origin, places, mask, OUT)
+            _put(second, out, origin, places + pair, second_mask, OUT)
+
+
 # One binary for every batch and shape: no value or alignment of these may compile another one.
 @triton.jit(
     do_not_specialize=[
@@ -242,20 +262,8 @@ def _skinny_kernel(
     origin = (split.to(tl.int64) * num_tokens + token) * out_stride
     places = tl.arange(0, BLOCK_M)[:, None] * out_stride + rows[None, :]
     mask = (tokens < num_tokens)[:, None] & (rows < num_outputs)[None, :]
-    if is_gated != 0:
-        hidden = _silu_mul(first, second)
-        if is_other != 0:
-            _put(_to_e4m3(hidden, out_scale), out, origin, places, mask, tl.float8e4nv)
-        else:
-            _put(hidden, out, origin, places, mask, OUT)
-    else:
-        second_mask = (tokens < num_tokens)[:, None] & (rows + pair < num_outputs)[None, :]
-        if is_other != 0:
-            _put(first, out, origin, places, mask, tl.float32)
-            _put(second, out, origin, places + pair, second_mask, tl.float32)
-        else:
-            _put(first, out, origin, places, mask, OUT)
-            _put(second, out, origin, places + pair, second_mask, OUT)
+    second_mask = (tokens < num_tokens)[:, None] & (rows + pair < num_outputs)[None, :]
+    _store(first, second, out, origin, places, pair, mask, second_mask, out_scale, is_gated, is_other, OUT)
 
 
 @triton.jit(

@@ -43,7 +43,9 @@ class Half:
     @property
     def kind(self) -> str:
         """As in kernels/ffn_table.KINDS."""
-        return "bf16" if self.fp8 is None else "fp8-block" if self.is_block else "fp8"
+        if self.fp8 is None or self.is_block:
+            return "bf16" if self.fp8 is None else "fp8-block"
+        return "fp8-token" if self.static_scale() is None else "fp8"
 
     def why_kept(self, dtype: torch.dtype) -> str | None:
         """Why vLLM's path stays, or None."""

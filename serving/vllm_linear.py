@@ -69,6 +69,11 @@ def scaled_product(
     )  # fmt: skip
 
 
+def cutlass_product(x: torch.Tensor, weight: torch.Tensor, x_scale: Any, weight_scale: Any) -> torch.Tensor:
+    """vLLM's CUTLASS product of e4m3 x [M, K] and weight [N, K] in bfloat16, for measuring."""
+    return ops.cutlass_scaled_mm(x, weight.t(), scale_a=x_scale, scale_b=weight_scale, out_dtype=torch.bfloat16)
+
+
 def silu_and_mul(act_fn: Any, gate_up: torch.Tensor, out_scale: torch.Tensor | None) -> torch.Tensor:
     """vLLM's activation, [M, 2I] → [M, I], on a GPU by its own kernel even where it is compiled; e4m3 with a scale."""
     if gate_up.device.type != "cuda":
