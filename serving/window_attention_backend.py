@@ -314,7 +314,9 @@ class WindowAttentionBackend(AttentionBackend):
         use_mm_prefix: bool,
         device_capability: Any,
     ) -> str | None:
-        """FP8 needs its conversion instructions."""
+        """FP8 needs its conversion instructions; a 16-bit cache the queries' type."""
+        if str(kv_cache_dtype) in ("float16", "bfloat16") and dtype != getattr(torch, str(kv_cache_dtype)):
+            return f"KV cache in {kv_cache_dtype} beside {dtype}"
         capability = device_capability
         is_old = capability is not None and (capability.major, capability.minor) < MIN_FP8_CAPABILITY
         if is_old and str(kv_cache_dtype).startswith("fp8"):
