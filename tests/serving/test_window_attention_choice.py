@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.platforms.interface import DeviceCapability
 from vllm_puzzle.kernels import attention_table
-from vllm_puzzle.kernels.attention_table import Row
+from vllm_puzzle.kernels.attention_table import Choice
 from vllm_puzzle.model_configs.formats import read_model
 from vllm_puzzle.model_configs.partition import layer_bytes
 from vllm_puzzle.model_configs.schema import Attention, ConfigError
@@ -107,15 +107,15 @@ def test_auto_asks_the_table_for_the_layers_own_cache(
 ) -> None:
     asked = []
 
-    def choose(*case: Any) -> Row:
+    def choose(*case: Any) -> Choice:
         asked.append(case)
-        return Row(64, cache, 1024)
+        return Choice(fused=False)
 
     monkeypatch.setenv(VARIABLE, "auto")
     monkeypatch.setattr(attention_table, "choose", choose)
     name, arguments = chosen(WINDOWED, config(**changes))
     assert (name, asked) == ("CUSTOM", [("H", 64, cache, 128)])
-    assert arguments["max_fused_window"] == 0, "the table says nothing of one launch"
+    assert arguments["fuses_decode"] is False, "as the table says"
 
 
 @pytest.mark.parametrize(
