@@ -228,7 +228,7 @@ def paged_attention(
 E4M3_MAX = 448.0
 
 
-def quantize_e4m3(x: Tensor, scale: Tensor) -> Tensor:
+def quantize_kv(x: Tensor, scale: Tensor) -> Tensor:
     """x / scale as e4m3: to nearest even, ±448 at most, NaN stays NaN. `scale` broadcasts against x."""
     return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
@@ -262,7 +262,7 @@ def write_kv(
         cache = cache.view(torch.float8_e4m3fn) if cache.dtype == torch.uint8 else cache
         if cache.dtype == torch.float8_e4m3fn:
             assert scale is not None
-            x = quantize_e4m3(x, scale[:, None])
+            x = quantize_kv(x, scale[:, None])
         # Through integers of the same size: torch has no indexed assignment of FP8.
         bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[cache.element_size()]
         cache.view(bits)[block, :, row] = x.to(cache.dtype)[is_stored].view(bits)
@@ -326,3 +326,75 @@ def fused_decode(
         query_start_loc=torch.arange(len(q) + 1, device=q.device), softmax_scale=softmax_scale,
         sliding_window=sliding_window, k_scale=k_scale, v_scale=v_scale, sinks=sinks, num_sink_tokens=num_sink_tokens,
     )  # fmt: skip
+
+
+def dequantize(matrix: Tensor, scale: Tensor | None, is_gate_up: bool = False) -> Tensor:
+    """A matrix [R, K] with its scales applied, in float32 (float64 stays).
+
+    scale: None, one number, one for each row ([R], [R, 1]), one for each 128 of K in each row or block of 128 rows
+    ([R or ⌈R/128⌉, ⌈K/128⌉]), or, with is_gate_up, [2]: one for the gate half of the rows, one for the up half.
+    """
+    wide = matrix if matrix.dtype == torch.float64 else matrix.float()
+    if scale is None or scale.numel() == 1:
+        return wide if scale is None else wide * scale.reshape(())
+    rows, columns = matrix.shape
+    if is_gate_up and scale.shape == (2,):
+        return wide * scale.repeat_interleave(rows // 2)[:, None]
+    scale = scale[:, None] if scale.dim() == 1 else scale
+    if scale.shape[0] != rows:
+        scale = scale.repeat_interleave(128, dim=0)[:rows]
+    if scale.shape[1] != 1:
+        scale = scale.repeat_interleave(128, dim=1)[:, :columns]
+    return wide * scale
+
+
+def quantize_e4m3(values: Tensor, scale: Tensor) -> Tensor:
+    """`values · (1 / scale)` to e4m3: saturating at ±448, to the nearest, ties to the even code, NaN stays NaN."""
+    return (values * (1.0 / scale)).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+
+def gate_up_silu(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    row_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+) -> Tensor:
+    """The gated half of an FFN: `silu(g) · u` with `[g, u] = row_scale · (x · weightᵀ)`, in float32.
+
+    x: [M, d], weight: [2I, d], gate rows first, row_scale: [M], scales as in `dequantize` → [M, I]. With out_scale, a
+    number, the result is e4m3.
+    """
+    both = dequantize(x, x_scale) @ dequantize(weight, weight_scale, is_gate_up=True).T
+    if row_scale is not None:
+        both = both * row_scale[:, None]
+    gate, up = both.chunk(2, dim=-1)
+    hidden = torch.nn.functional.silu(gate) * up
+    return hidden if out_scale is None else quantize_e4m3(hidden, out_scale)
+
+
+def down(h: Tensor, weight: Tensor, *, weight_scale: Tensor | None = None, h_scale: Tensor | None = None) -> Tensor:
+    """The down projection `h · weightᵀ` in float32. h: [M, I], weight: [d, I] → [M, d]."""
+    return dequantize(h, h_scale) @ dequantize(weight, weight_scale).T
+
+
+def fused_ffn(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    *,
+    row_scale: Tensor | None = None,
+    gate_up_scale: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    hidden_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
+) -> Tensor:
+    """Both halves. x: [M, d], gate_up_weight: [2I, d], down_weight: [d, I] → [M, d], float32; with hidden_scale the
+    hidden values between them are e4m3. n FFNs side by side (gates stacked, then ups) sum their outputs.
+    """
+    hidden = gate_up_silu(
+        x, gate_up_weight, row_scale=row_scale, weight_scale=gate_up_scale, x_scale=x_scale, out_scale=hidden_scale
+    )
+    return down(hidden, down_weight, weight_scale=down_scale, h_scale=hidden_scale)

@@ -49,11 +49,7 @@ class Variant:
 
 def shipped() -> tuple[Variant, ...]:
     """Every configuration of every kernel in this package."""
-    from vllm_puzzle.kernels import fused_decode, kv_write, thinking_triton, window_attention_plan
+    from vllm_puzzle.kernels import ffn_triton, fused_decode, kv_write, thinking_triton, window_attention_plan
 
-    return (
-        *thinking_triton.variants(),
-        *window_attention_plan.variants(),
-        *kv_write.variants(),
-        *fused_decode.variants(),
-    )
+    modules = (thinking_triton, ffn_triton, kv_write, fused_decode, window_attention_plan)
+    return tuple(variant for module in modules for variant in module.variants())

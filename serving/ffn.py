@@ -9,6 +9,9 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 from vllm_puzzle.model_configs.schema import GatedFFN, ModelRecord, check_divides
+from vllm_puzzle.serving.ffn_kernels import FusedFFN, keep_weights_for_kernels, register_operators
+
+register_operators()
 
 
 class PuzzleFFN(nn.Module):
@@ -16,8 +19,11 @@ class PuzzleFFN(nn.Module):
 
     def __init__(self, model: ModelRecord, spec: GatedFFN, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        width = spec.intermediate_size
-        check_divides("intermediate_size", width, get_tensor_model_parallel_world_size(), prefix)
+        width, tp_size = spec.intermediate_size, get_tensor_model_parallel_world_size()
+        check_divides("intermediate_size", width, tp_size, prefix)
+        self.prefix = prefix
+        self.sizes = (width // tp_size, model.hidden_size)
+        self.fused: FusedFFN | None = None  # our kernels, where the layer takes them
         self.gate_up_proj = MergedColumnParallelLinear(
             model.hidden_size,
             [width, width],
@@ -33,9 +39,21 @@ class PuzzleFFN(nn.Module):
             prefix=f"{prefix}.down_proj",
         )
         self.act_fn = SiluAndMul()
+        keep_weights_for_kernels(self.gate_up_proj, self.down_proj)
+
+    def take_kernels(self, vllm_config: VllmConfig) -> str | None:
+        """Compute with our kernels from now on, or say what keeps the layer on vLLM's path."""
+        fused = FusedFFN(self, self.prefix, *self.sizes, vllm_config.model_config.dtype)
+        reason = fused.why_kept()
+        self.fused = fused if reason is None else None
+        if reason is None:
+            vllm_config.compilation_config.static_forward_context[self.prefix] = self
+        return reason
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """One gated FFN."""
+        if self.fused is not None:
+            return self.fused(hidden)
         gate_up, _ = self.gate_up_proj(hidden)
         output, _ = self.down_proj(self.act_fn(gate_up))
         return output

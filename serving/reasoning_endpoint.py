@@ -22,7 +22,7 @@ from vllm_puzzle.serving.dial.policy import policy_from_environment
 from vllm_puzzle.serving.dial.profile import profile_of
 from vllm_puzzle.serving.dial.request import ReasoningRequest, RequestError
 from vllm_puzzle.serving.dial.resolve import Effective, ModelDial, resolve, settled_messages, text_state
-from vllm_puzzle.serving.dial.responses_text import as_messages, write_back
+from vllm_puzzle.serving.dial.responses_text import as_messages, whole_output_messages, write_back
 from vllm_puzzle.serving.dial.text_switch import plain_messages
 from vllm_puzzle.serving.dial.turn import TURN, Turn
 from vllm_puzzle.serving.reasoning_routes import make_router
@@ -31,6 +31,9 @@ from vllm_puzzle.serving.thinking_markers import make_markers
 from vllm_puzzle.serving.thinking_metrics import ThinkingMetrics
 from vllm_puzzle.serving.thinking_plan import markers_to_wire
 
+# Null in a Responses request is allowed, but not in vLLM's reply, which repeats them: an error after all tokens are
+# made, or a stream that breaks off.
+NOT_NULL = ("background", "truncation")
 Entry = Callable[..., Awaitable[Any]]
 Apply = Callable[[Any, ReasoningRequest, ModelDial], Effective]
 
@@ -88,8 +91,7 @@ def model_dial(engine_client: Any, args: Any) -> tuple[ThinkingMarkers | None, M
     profile = profile_of(vllm_compat.model_type(model_config), " ".join(names), template, start, end)
     profile = preset(profile, getattr(args, "default_chat_template_kwargs", None) or {})
     policy = policy_from_environment()
-    reasoning_config = getattr(engine_client.vllm_config, "reasoning_config", None)
-    markers = make_markers(tokenizer, profile, policy.phrase, reasoning_config)
+    markers = make_markers(tokenizer, profile, policy.phrase, vllm_compat.reasoning_config(engine_client))
     return markers, ModelDial(profile, policy, markers is not None, names[0])
 
 
@@ -150,7 +152,10 @@ def apply_to_chat(request: Any, wish: ReasoningRequest, dial: ModelDial) -> Effe
 def apply_to_responses(request: Any, wish: ReasoningRequest, dial: ModelDial) -> Effective:
     """Write the wish into a vLLM ResponsesRequest, in place."""
     if not isinstance(request.input, str):
-        request.input = plain_messages(request.input, "input")
+        request.input = whole_output_messages(plain_messages(request.input, "input"))
+    for name in NOT_NULL:
+        if getattr(request, name) is None:
+            setattr(request, name, type(request).model_fields[name].default)
     messages = as_messages(request)
     done = resolve(wish, dial, text_state(messages, dial))
     _set_template_arguments(request, done)

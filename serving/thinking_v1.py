@@ -2,7 +2,8 @@
 
 Takes the place of vLLM's ThinkingBudgetStateHolder, behind the same interface (`v1/sample/thinking_budget_state.py`):
 the sampler calls it after grammar, penalties and processors, so that a forced token wins. Each step feeds each machine
-the tokens that are new since the last one; nothing is scanned again.
+the tokens that are new since the last one; nothing is scanned again. A token that completes no marker and comes before
+any limit is near only adds one: the machine sleeps through such tokens and takes them at once when it wakes.
 """
 
 from __future__ import annotations
@@ -32,20 +33,20 @@ class Row:
     prompt: Sequence[int] | None
     machine: ThinkingMachine
     num_fed: int = 0
+    num_seen: int = 0  # of these, those after num_fed only count
+    wake_at: float = -1  # up to this many tokens a quiet one needs no look
     closed_at: int | None = None  # how many tokens there were when a user ended the thought
     forced: list[int | None] = field(default_factory=lambda: [None])
 
     def follow(self, markers: ThinkingMarkers, output: Sequence[int], drafts: Sequence[int]) -> None:
         """Take in the response so far; `forced` is then the token at each draft's place and after the last."""
-        machine = self.machine
-        if not drafts and self.closed_at is None and len(output) == self.num_fed + 1 and output[-1] != PLACEHOLDER:
-            machine.feed_one(output[-1])  # nearly every step
-            self.num_fed += 1
-            if self.forced[0] is not machine.forced or len(self.forced) > 1:
-                self.forced = [machine.forced]
-            return
         if len(output) < self.num_fed:  # tokens were taken back (a failed step, a resumed request): start again
-            self.machine, self.num_fed = ThinkingMachine.after_prompt(markers, self.limits, self.prompt), 0
+            self.machine = ThinkingMachine.after_prompt(markers, self.limits, self.prompt)
+            self.num_fed = self.num_seen = 0
+        if self.num_seen > self.num_fed:
+            slept = output[self.num_fed : self.num_seen]
+            self.machine.pass_over(slept)
+            self.num_fed += len(slept)
         new = output[self.num_fed :]
         if PLACEHOLDER in new:  # not sampled yet, or taken back by the rejection of drafts
             new = new[: new.index(PLACEHOLDER)]
@@ -56,6 +57,9 @@ class Row:
             new, self.num_fed = new[before:], self.closed_at
         self.machine.feed(new)
         self.num_fed += len(new)
+        self.num_seen = self.num_fed
+        is_close_ahead = self.closed_at is not None and self.closed_at > self.num_fed
+        self.wake_at = -1 if drafts or is_close_ahead else self.num_fed + self.machine.num_quiet
         self.forced = self.machine.forced_along(drafts) if drafts else [self.machine.forced]
 
     def close(self, markers: ThinkingMarkers, output: Sequence[int]) -> None:
@@ -115,10 +119,17 @@ class ThinkingHolder:
         """Take in the last step's tokens and this step's drafts. Rows of both lists are the batch's."""
         if self.markers is None:
             return
+        alarms, num_rows = self.markers.alarms, len(output_token_ids)
         for index, row in self.rows.items():
+            if index >= num_rows:
+                continue
+            output = output_token_ids[index]
             drafts = spec_token_ids[index] if spec_token_ids and index < len(spec_token_ids) else ()
-            if index < len(output_token_ids):
-                row.follow(self.markers, output_token_ids[index], drafts)
+            is_one_more = not drafts and row.num_seen + 1 == len(output) <= row.wake_at
+            if is_one_more and output[-1] not in alarms and output[-1] != PLACEHOLDER:
+                row.num_seen += 1  # nearly every step
+                continue
+            row.follow(self.markers, output, drafts)
 
     def apply_to_logits(
         self, logits: torch.Tensor, predict_bonus_token: bool, spec_token_ids: list[list[int]] | None

@@ -26,11 +26,12 @@ def test_half_of_the_requests_are_followed_and_every_token_is_counted(
     monkeypatch.setattr(thinking_cost, "REQUESTS", 6)
     monkeypatch.setattr(thinking_cost, "STEPS", 3)
     times = thinking_cost.v1_step_us(thinking_cost.PLANS[name], 70, is_stock=False)
-    machines = [row.machine for row in holders[0].rows.values()]
+    rows = list(holders[0].rows.values())
     assert len(times) == 3
-    assert len(machines) == (0 if name == "none" else 3)
+    assert len(rows) == (0 if name == "none" else 3)
     # Neither a loop nor the budget ends these thoughts: all of them is work.
-    assert {(m.num_thinking, m.forced) for m in machines} <= {(70 + 3 + 5, None)}
+    assert {row.num_seen for row in rows} <= {70 + 3 + 5}
+    assert all((row.machine.num_thinking, row.machine.forced) == (row.num_fed, None) for row in rows)
 
 
 def test_vllms_own_holder_follows_the_same_requests(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,12 @@ pytestmark = pytest.mark.slow
 PROGRAM = [sys.executable, str(Path(__file__).with_name("scripted_server.py"))]
 FLAGS = ("--reasoning-parser", "deepseek_r1", "--served-model-name", "scripted", "--enable-per-request-metrics")
 KEYS = ("one", "two")
+# An operator's decisions; vLLM has no flag for any of them.
+LOW, CEILING = 20, 2500
+POLICY = tuple(
+    f"--puzzle-reasoning.{key}"
+    for key in (f"budgets.low={LOW}", f"ceiling={CEILING}", "answer_reserve=4", "grace.share=0.4")
+)
 CHAT, RESPONSES, MESSAGES, CONTROL = (
     f"/v1/{name}" for name in ("chat/completions", "responses", "messages", "chat/completions/control")
 )
@@ -45,6 +51,14 @@ def in_band(script: str) -> dict[str, Any]:
     return said("." * (BAND * BANDS[script]))
 
 
+def reply(*kinds: str) -> dict[str, Any]:
+    """An earlier reply in a Responses input, with parts of these kinds."""
+    keys = {"output_text": {"text": "X", "annotations": []}, "refusal": {"refusal": "No."}}
+    parts = [{"type": kind, **keys[kind]} for kind in kinds]
+    return {"type": "message", "role": "assistant", "id": "m", "status": "completed", "content": parts}
+
+
+ASKED = {"role": "user", "content": "hi"}
 OMITTED = {"type": "enabled", "budget_tokens": 1024, "display": "omitted"}
 HISTORY = ("hi", "old", "more?")
 # name → (path, body): sent to both servers.
@@ -67,6 +81,15 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "between tools": (MESSAGES, {**said("hi"), "max_tokens": 99, "thinking": {"type": "between_tools"}}),
     "budget, responses": (RESPONSES, {"input": "hi", "thinking_token_budget": 3}),
     "loop": (CHAT, {**in_band("loop"), **LOOPS, "max_tokens": 60}),
+    "level": (CHAT, {**in_band("endless"), "reasoning_effort": "low", "max_tokens": 60}),
+    "beyond the ceiling": (CHAT, {**in_band("endless"), "thinking_token_budget": 2900, **LONG}),
+    "short": (CHAT, {**said("hi"), "max_tokens": 7}),
+    "lines": (CHAT, {**in_band("lines"), "thinking_token_budget": 6}),
+    "nulls": (RESPONSES, {"input": "hi", "background": None, "truncation": None}),
+    "replies without text": (
+        RESPONSES,
+        {"input": [*(reply(*parts) for parts in ((), ("refusal",), ("output_text", "output_text"))), ASKED]},
+    ),
 }  # fmt: skip
 
 
@@ -104,7 +127,7 @@ def stock(model: Path) -> dict[str, tuple[int, Any]]:
 @pytest.fixture(scope="module")
 def url(model: Path, stock: object) -> Iterator[str]:
     """Our server; after the stock one has ended."""
-    arguments = (str(model), *FLAGS, "--max-num-seqs", "2", "--api-key", *KEYS)
+    arguments = (str(model), *FLAGS, *POLICY, "--max-num-seqs", "2", "--api-key", *KEYS)
     with server.running(model.parent / "ours.txt", *arguments, program=[*PROGRAM, "ours"]) as url:
         yield url
 
@@ -152,6 +175,38 @@ def test_defect_2_2_the_reply_says_that_the_budget_ended_the_thought(stock: Repl
     info = ours["budget"][1]["reasoning_info"]
     assert (info["end_reason"], info["thinking_tokens"], info["effective"]["budget"]) == ("budget", 3, 3)
     assert ours["plain"][1]["reasoning_info"]["end_reason"] == "natural"
+
+
+def test_defect_2_2_a_level_is_a_budget_where_the_operator_says_so(stock: Replies, ours: Replies) -> None:
+    assert len(texts(stock, "level")[0] or "") == 60 and texts(stock, "level")[1] is None
+    assert (len(texts(ours, "level")[0] or ""), texts(ours, "level")[1]) == (LOW, "XYZ")
+
+
+def test_defect_2_2_no_request_thinks_beyond_the_operators_ceiling(stock: Replies, ours: Replies) -> None:
+    assert len(texts(stock, "beyond the ceiling")[0] or "") == 2900
+    assert (len(texts(ours, "beyond the ceiling")[0] or ""), texts(ours, "beyond the ceiling")[1]) == (CEILING, "XYZ")
+
+
+def test_defect_2_2_part_of_the_tokens_stays_for_the_answer(stock: Replies, ours: Replies) -> None:
+    assert texts(stock, "short") == ("abcdefg", None)
+    assert texts(ours, "short") == ("ab", "XYZ")
+
+
+def test_defect_2_2_a_line_that_ends_shortly_before_the_budget_ends_the_thought(stock: Replies, ours: Replies) -> None:
+    assert texts(stock, "lines") == ("abcd\ne", "XYZ")
+    assert texts(ours, "lines") == ("abcd\n", "XYZ")
+
+
+def test_a_reply_without_text_or_of_several_parts_is_history_as_any_other(stock: Replies, ours: Replies) -> None:
+    """Found by schemathesis; OpenAI's own API takes them."""
+    assert stock["replies without text"][0] == 500
+    assert texts(ours, "replies without text") == ("abcdefg", "XYZ")
+
+
+def test_a_null_where_the_reply_has_a_default_is_the_default(stock: Replies, ours: Replies) -> None:
+    """Found by schemathesis."""
+    assert stock["nulls"][0] == 400
+    assert texts(ours, "nulls") == ("abcdefg", "XYZ")
 
 
 def test_defect_2_3_thinking_tokens_are_counted_whatever_the_parser_counts(stock: Replies, ours: Replies) -> None:
@@ -370,4 +425,4 @@ def test_the_list_of_models_tells_what_their_reasoning_can_do(url: str) -> None:
         (listed,) = client.get("/v1/models").json()["data"]
     assert listed["id"] == "scripted"
     assert listed["reasoning"]["modes"] == ["on", "off"] and listed["reasoning"]["can_disable"] is True
-    assert listed["reasoning"]["budget"] == {"min": 0, "max": None}
+    assert listed["reasoning"]["budget"] == {"min": 0, "max": CEILING}

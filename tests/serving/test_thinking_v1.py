@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from vllm.v1.sample.logits_processor.interface import MoveDirectionality
-from vllm_puzzle.kernels.thinking import ThinkingLimits, ThinkingMarkers
+from vllm_puzzle.kernels.thinking import ThinkingLimits, ThinkingMachine, ThinkingMarkers
 from vllm_puzzle.serving import vllm_compat
 from vllm_puzzle.serving.thinking_plan import PLAN_KEY, markers_to_wire
 from vllm_puzzle.serving.thinking_v1 import CLOSED_KEY, FORCED_LOGIT, ThinkingHolder, make_holder
@@ -253,3 +254,31 @@ def test_a_worker_that_samples_nothing_ends_nothing() -> None:
     worker = SimpleNamespace(model_runner=SimpleNamespace())
     set_markers(worker, markers_to_wire(MARKERS))
     assert end_thinking(worker, ["r"]) == []
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_machine_that_sleeps_through_quiet_tokens_ends_as_one_that_is_fed_each(seed: int) -> None:
+    random = Random(seed)
+    markers = LONG if seed % 2 else MARKERS
+    limits = ThinkingLimits(random.choice([0, 3, 9, 40]), random.choice([0, 2, 8]))
+    plan = {"budget": limits.budget, "grace": limits.grace, "loop": None}
+    markers = replace(markers, boundaries=frozenset({5}))
+    output: list[int] = []
+    holder = holder_of((0, Params(None, {PLAN_KEY: plan}), PROMPT, output), markers=markers)
+    num_slept = 0
+    for _ in range(120):
+        output += random.choices(
+            [OPEN, 2, 3, 4, 5, *range(6, 11)], [1, 1, 2, 2, 1, *[8] * 5], k=random.choice([1] * 9 + [2, 3])
+        )
+        if random.random() < 0.03:
+            del output[random.randrange(len(output)) :]
+        holder.update_state([output], None)
+        machine = ThinkingMachine.after_prompt(markers, limits, PROMPT)
+        machine.feed(output)
+        assert holder.rows[0].forced == [machine.forced]
+        num_slept += holder.rows[0].num_seen > holder.rows[0].num_fed
+        if random.random() < 0.2:  # awake, it knows all that it slept through
+            holder.rows[0].follow(markers, output, ())
+            assert holder.rows[0].machine.num_thinking == machine.num_thinking
+            assert holder.rows[0].machine.reason == machine.reason
+    assert num_slept > 0 or limits.budget < 40, "or nothing was compared"
