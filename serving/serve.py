@@ -24,6 +24,7 @@ from vllm_puzzle.serving.kernel_flags import take_kernel_flags
 from vllm_puzzle.serving.preflight import Request, check, dashed, precision_limits, read_request
 from vllm_puzzle.serving.servable import is_ours
 from vllm_puzzle.serving.stages import PARTITION, partition_by_cost
+from vllm_puzzle.serving.window_attention_mode import take_window_attention
 
 NUM_STEPS = 4
 MAX_ERROR_CHARS = 500
@@ -35,7 +36,7 @@ _STARTED = time.monotonic()
 def serve(argv: Sequence[str]) -> int:
     """Run the server until it is stopped; returns the exit status. Raises ConfigError for a user's mistake."""
     wants_help = any(argument in ("-h", "--help") or argument.startswith("--help=") for argument in argv)
-    argv, fusion = take_fusion(take_kernel_flags(take_policy(argv)))
+    argv, fusion = take_fusion(take_kernel_flags(take_window_attention(take_policy(argv))))
     request = read_request(argv, fusion)
     settings: list[Setting] = []
     if not wants_help:

@@ -29,7 +29,7 @@ def compile_one(name: str) -> dict[str, Any]:
     signature = {key: variant.signature.get(key, "constexpr") for key in names}
     attributes = {(names.index(key),): [["tt.divisibility", 16]] for key in variant.aligned}
     source = triton.compiler.ASTSource(variant.kernel, signature, constexprs=dict(variant.constexprs), attrs=attributes)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **variant.options}
     try:
         program = triton.compile(source, target=GPUTarget(*HOPPER), options=options)
     except Exception as error:

@@ -26,8 +26,9 @@ Results = list[dict[str, Any]]
 class Jobs:
     """Engine runs to be done in one process, and their outcomes: results, or the error as text."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, runner: Path = RUNNER) -> None:
         self.folder, self.jobs, self.environment = folder, [], dict(os.environ)  # type: ignore[var-annotated]
+        self.runner = runner
         self.log = ""
 
     def add(self, name: str, model: Path, llm: dict[str, Any] | None = None, **job: Any) -> None:
@@ -45,7 +46,7 @@ class Jobs:
     def run(self) -> dict[str, Any]:
         file = self.folder / "jobs.json"
         file.write_text(json.dumps(self.jobs))
-        command = [sys.executable, "-P", str(RUNNER), str(file)]
+        command = [sys.executable, "-P", str(self.runner), str(file)]
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         self.log = done.stdout + done.stderr
