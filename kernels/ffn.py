@@ -93,7 +93,7 @@ def why_unsupported(device: torch.device) -> str | None:
     found = f"a {device.type} device"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        if major == HOPPER:
+        if major == HOPPER and torch.version.hip is None:  # AMD's numbers mean something else
             return None
         found = f"compute capability {major}.{minor}"
     return f"found {found}, allowed: an NVIDIA GPU of compute capability {HOPPER}.x"

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
@@ -21,6 +20,7 @@ from vllm_puzzle.kernels import ffn
 from vllm_puzzle.kernels.ffn_table import Config, choose, table_of
 from vllm_puzzle.model_configs.schema import ConfigError
 from vllm_puzzle.serving import vllm_linear
+from vllm_puzzle.serving.ffn import device_name
 from vllm_puzzle.serving.kernel_flags import FFN_KERNEL
 from vllm_puzzle.serving.vllm_linear import LayerName
 
@@ -47,7 +47,7 @@ class Half:
             return "bf16" if self.fp8 is None else "fp8-block"
         return "fp8-token" if self.static_scale() is None else "fp8"
 
-    def why_kept(self, dtype: torch.dtype) -> str | None:
+    def why_kept(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why vLLM's path stays, or None."""
         if getattr(self.layer, "bias", None) is not None:
             return "a bias"
@@ -57,6 +57,8 @@ class Half:
         wanted = dtype if self.fp8 is None else torch.float8_e4m3fn
         if tuple(weight.shape) != (self.num_rows, self.size) or weight.dtype != wanted or weight.stride(1) != 1:
             return f"a weight of {weight.dtype} {tuple(weight.shape)} with strides {weight.stride()}"
+        if weight.device.type != device.type:  # offloaded
+            return f"a weight on {weight.device}"
         scale = self.weight_scale()
         if scale is None:
             return None
@@ -85,10 +87,7 @@ class Half:
         """(values, scale) of an input, by vLLM's own quantization; plain inputs as they are."""
         if self.fp8 is None:
             return x, None
-        values, scale = vllm_linear.quantize_input(self.fp8, self.layer, x)
-        if values.shape[0] != x.shape[0]:  # padded for torch._scaled_mm
-            values = values[: x.shape[0]]
-        return values, scale if scale.numel() == 1 else scale[: x.shape[0]]
+        return vllm_linear.quantize_input(self.fp8, self.layer, x)
 
     def static_scale(self) -> torch.Tensor | None:
         """The input's one scale that the checkpoint fixes, if it does."""
@@ -123,16 +122,16 @@ class FusedFFN:
         self.second = Half("down", layer.down_proj, hidden_size, width)
         self.is_forced = FFN_KERNEL.read() == "on"
 
-    def why_kept(self) -> str | None:
+    def why_kept(self, device: torch.device) -> str | None:
         """Why the layer keeps vLLM's path, or None."""
         if vllm_linear.is_batch_invariant():
             return "VLLM_BATCH_INVARIANT"
         if self.dtype not in ffn.allowed_types():
             return f"dtype {self.dtype}"
-        reason = self.first.why_kept(self.dtype) or self.second.why_kept(self.dtype)
+        reason = self.first.why_kept(self.dtype, device) or self.second.why_kept(self.dtype, device)
         if reason is not None or self.is_forced:
             return reason
-        table = table_of(device_name(self.first.weight().device))
+        table = table_of(device_name(device))
         half = self.first
         is_faster = table is not None and table.is_never_slower("gate_up", half.kind, half.num_outputs, half.size)
         return None if is_faster else "no table says that ours is faster"
@@ -140,6 +139,7 @@ class FusedFFN:
     def __call__(self, hidden: torch.Tensor, row_scale: torch.Tensor | None = None) -> torch.Tensor:
         """`row_scale`, float32 [num_tokens], multiplies the rows of gate and up (a norm's 1/rms)."""
         operators, name = torch.ops.vllm_puzzle, vllm_linear.encode_layer_name(self.name)
+        hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
         x, x_scale = self.first.quantized(hidden)
         h_scale = self.second.static_scale()
         dtype = self.dtype if h_scale is None else torch.float8_e4m3fn
@@ -179,13 +179,11 @@ class FusedFFN:
 
 
 def choose_paths(layers: Iterable[Any], vllm_config: VllmConfig) -> None:
-    """Give each of these PuzzleFFN its path. Call when the weights have their final form.
+    """Give each of these PuzzleFFN its path, where the flag is not `off`.
 
     Raises ConfigError for `on` on a device that has no kernel; layers that keep vLLM's path are named in one line.
     """
     choice, found = FFN_KERNEL.read(), list(layers)
-    if choice == "off" or not found:
-        return
     if choice == "on" and (reason := ffn.why_unsupported(vllm_config.device_config.device)) is not None:
         raise ConfigError(f"flag {FFN_KERNEL.flag} on: {reason}")
     kept: dict[str, list[str]] = {}
@@ -197,16 +195,10 @@ def choose_paths(layers: Iterable[Any], vllm_config: VllmConfig) -> None:
         for reason, names in kept.items():
             logger.warning("%s on: %s keep vLLM's path: %s", FFN_KERNEL.flag, ", ".join(names), reason)
     if taken:
+        register_operators()
         logger.info("FFN kernels: %d of %d layers", len(taken), len(found))
         # A compiled model that another choice has left in vLLM's cache must not be taken.
         vllm_config.additional_config[FACTOR] = taken
-
-
-def keep_weights_for_kernels(*layers: nn.Module) -> None:
-    """Keep vLLM's CPU build from packing these weights, where Triton's interpreter is to compute with them."""
-    if FFN_KERNEL.read() != "off" and ffn.why_unsupported(torch.device("cpu")) is None:
-        for layer in layers:
-            vllm_linear.keep_plain_weight_on_cpu(layer)
 
 
 def why_none(vllm_config: VllmConfig) -> str | None:
@@ -216,11 +208,6 @@ def why_none(vllm_config: VllmConfig) -> str | None:
     if not isinstance(vllm_config.additional_config, dict):
         return "additional_config is not a dictionary"
     return ffn.why_unsupported(vllm_config.device_config.device)
-
-
-def device_name(device: torch.device) -> str:
-    """A table's name for a device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _fused(layer: Any) -> FusedFFN:

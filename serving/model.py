@@ -33,8 +33,7 @@ from vllm.sequence import IntermediateTensors
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm_puzzle.model_configs.fused_tensors import places
 from vllm_puzzle.serving import vllm_compat
-from vllm_puzzle.serving.ffn import PuzzleFFN
-from vllm_puzzle.serving.ffn_kernels import choose_paths
+from vllm_puzzle.serving.ffn import choose_ffn_paths
 from vllm_puzzle.serving.fused_model import served_model
 from vllm_puzzle.serving.fused_weights import FusedWeights
 from vllm_puzzle.serving.layers import add_and_norm, build_layer
@@ -212,7 +211,7 @@ class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle3):
 
     def process_weights_after_loading(self) -> None:
         """vLLM's hook for when every weight has its final form."""
-        choose_paths((module for module in self.modules() if isinstance(module, PuzzleFFN)), self.vllm_config)
+        choose_ffn_paths(self, self.vllm_config)
 
     def _load_experts(
         self, weights: Iterable[tuple[str, torch.Tensor]], account: TensorAccount, loaded: set[str]

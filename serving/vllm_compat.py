@@ -470,3 +470,9 @@ async def ask_workers(engine_client: Any, method: str, *args: Any) -> list[Any]:
         return list(await engine_client.collective_rpc(method, args=args))
     answers = await ask_all("collective_rpc", method, None, args, None)
     return [answer for engine in answers for answer in engine]
+
+
+def keep_plain_weights_on_cpu(*layers: Any) -> None:
+    """Keep vLLM's CPU build from packing these linear layers' weights into a form that only its own kernel reads."""
+    for layer in layers:
+        layer._cpu_skip_gemm_dispatch = True

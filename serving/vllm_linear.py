@@ -50,11 +50,14 @@ def block_scale(layer: Any) -> torch.Tensor:
 
 
 def quantize_input(kernel: Any, layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(e4m3 values, scale) of a layer's input, as its FP8 kernel quantizes it; rows may be padded."""
-    scale = getattr(layer, "input_scale", None)
-    if is_block_scaled(kernel):
-        return kernel.quant_fp8(x, scale, None, use_triton=kernel.use_triton)
-    return kernel.quant_fp8(x, scale, None)
+    """(e4m3 values, scale) of a layer's input, as its FP8 kernel quantizes it."""
+    quantize, scale = kernel.quant_fp8, getattr(layer, "input_scale", None)
+    more = {"use_triton": kernel.use_triton} if is_block_scaled(kernel) else {}
+    values, scale = quantize(x, scale, None, **more)
+    # Few rows may have been padded. Cut always: a compiler knows their number as a symbol only.
+    if not quantize.static and (quantize.is_group_quant or quantize.use_per_token_if_dynamic):
+        scale = scale.narrow(0, 0, x.shape[0])
+    return values.narrow(0, 0, x.shape[0]), scale
 
 
 def scaled_product(
@@ -95,8 +98,3 @@ def is_unquantized(layer: Any) -> bool:
 def is_batch_invariant() -> bool:
     """Whether the user wants results that do not depend on the batch; our kernels split K by its size."""
     return bool(envs.VLLM_BATCH_INVARIANT)
-
-
-def keep_plain_weight_on_cpu(layer: Any) -> None:
-    """Keep vLLM's CPU build from packing a linear layer's weight into a form that only its own kernel reads."""
-    layer._cpu_skip_gemm_dispatch = True

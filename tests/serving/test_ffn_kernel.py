@@ -75,13 +75,15 @@ def outcomes(
     jobs = Jobs(folder)
     jobs.add("auto", POCKET, rounds=[parity.PROMPTS[:2]])
     jobs.add("on", POCKET, environment=on, describe_layers=True)
-    compiled = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
-    jobs.add("compiled", POCKET, compiled, environment=on)
+    # A run of as many tokens as fit a batch comes before the first request.
+    compiled = {"enforce_eager": False, "compilation_config": {"backend": "eager"}, "max_num_batched_tokens": 320}
+    jobs.add("fp8 static, compiled", folder / "fp8 static", compiled, environment=on)
     jobs.add("auto, table", POCKET, **table)
     adapters = {"environment": on, "rounds": [parity.PROMPTS[:2]], "prompt_logprobs": None}
     jobs.add("adapters", POCKET, {"enable_lora": True}, **adapters)
     for name in FP8:
-        jobs.add(name, folder / name, {"dtype": quantized.KINDS[name].dtype}, environment=on)
+        llm = {"dtype": quantized.KINDS[name].dtype}
+        jobs.add(name, folder / name, llm, environment=on, describe_layers=name == "fp8 dynamic")
     jobs.add("off", folder / "modelopt fp8", {"dtype": "bfloat16"}, environment={FFN_KERNEL.variable: "off"})
     jobs.add("fp8 static, table", folder / "fp8 static", **table)
     return jobs.run(), jobs.log
@@ -100,7 +102,7 @@ def calls(outcomes: tuple[dict[str, Any], str], name: str) -> dict[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["on", "compiled", "auto, table"])
+@pytest.mark.parametrize("name", ["on", "auto, table"])
 def test_log_probabilities_are_the_references_on_every_path(
     outcomes: tuple[dict[str, Any], str], pocket: ReferenceModel, name: str
 ) -> None:
@@ -108,14 +110,16 @@ def test_log_probabilities_are_the_references_on_every_path(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["on", "compiled"])
-def test_on_computes_every_ffn_of_every_step_with_our_kernels(outcomes: tuple[dict[str, Any], str], name: str) -> None:
-    found, num_ffns = calls(outcomes, name), 7
+@pytest.mark.parametrize(("name", "num_ffns"), [("on", 7), ("fp8 static, compiled", 6)])
+def test_on_computes_every_ffn_of_every_step_with_our_kernels(
+    outcomes: tuple[dict[str, Any], str], name: str, num_ffns: int
+) -> None:
+    found = calls(outcomes, name)
     for op in ("gate_up", "down"):
         assert (
             found[f"{op} {NUM_PROMPT_TOKENS}"] % num_ffns == 0 and found[f"{op} {len(parity.PROMPTS)}"] >= 8 * num_ffns
         )
-    assert "FFN kernels: 7 of 7 layers" in outcomes[1]
+    assert f"FFN kernels: {num_ffns} of {num_ffns} layers" in outcomes[1]
 
 
 @pytest.mark.slow
@@ -136,12 +140,12 @@ def test_the_table_decides_for_each_number_of_tokens(outcomes: tuple[dict[str, A
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fp8 static", "fp8 dynamic", "fp8 static, table"])
+@pytest.mark.parametrize("name", ["fp8 static", "fp8 dynamic", "fp8 static, compiled", "fp8 static, table"])
 def test_fp8_layers_equal_the_reference_that_rounds_inputs(
     outcomes: tuple[dict[str, Any], str], references: dict[str, quantized.QuantizedReference], name: str
 ) -> None:
     assert calls(outcomes, name)
-    assert_equal_up_to_flips(references[name.removesuffix(", table")], outcomes[0][name])
+    assert_equal_up_to_flips(references[name.partition(",")[0]], outcomes[0][name])
 
 
 @pytest.mark.slow
@@ -155,14 +159,16 @@ def test_fp8_in_bfloat16_is_as_accurate_as_vllms_own_path(
 
 
 @pytest.mark.slow
-def test_a_compiler_takes_each_operator_as_one_node(outcomes: tuple[dict[str, Any], str]) -> None:
-    found = outcomes[0]["on"][0]["layers"]
+@pytest.mark.parametrize("name", ["on", "fp8 dynamic"])
+def test_a_compiler_takes_each_operator_as_one_node(outcomes: tuple[dict[str, Any], str], name: str) -> None:
+    found = outcomes[0][name][0]["layers"]
     for op in ("gate_up", "down"):
-        assert set(found[op].values()) == {"SUCCESS"} and len(found[op]) >= 4
+        assert set(found[op].values()) == {"SUCCESS"} and len(found[op]) >= 3
     assert found["compiled"] == [True] * 3
     assert found["hashes differ"], "vLLM would load a compiled model of another choice from its cache"
-    # Two roundings more on one side; √128 · 2⁻²⁴ is what sums of 128 products differ by.
-    assert found["row scale error"] <= 4 * 128**0.5 * 2**-24
+    # Two roundings more on one side; √128 · 2⁻²⁴ is what sums of 128 products differ by. In FP8 a token's scale takes the
+    # row's with it, but for flips between codes, 2⁻⁴ apart.
+    assert found["row scale error"] <= (4 * 128**0.5 * 2**-24 if name == "on" else 2**-4)
 
 
 @pytest.mark.parametrize(
