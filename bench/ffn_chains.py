@@ -6,199 +6,115 @@ A chain ends with what the next half takes: FP8 kinds end with the quantized hid
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
-from vllm_puzzle.kernels import ffn, reference
+from vllm_puzzle.bench.kernel.cases import FfnCase
+from vllm_puzzle.bench.kernel.ffn import PRECISIONS, FfnProblem, Inputs, quantize_rows
+from vllm_puzzle.bench.kernel.ffn_baselines import scaled_product, silu_mul, silu_mul_quantize
+from vllm_puzzle.bench.kernel.problem import Check, compiled
+from vllm_puzzle.bench.kernel.timing import Call
+from vllm_puzzle.kernels import ffn
 from vllm_puzzle.kernels.ffn_table import Config
 
-Call = Callable[[], Any]
-Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # x, weight, x_scale, weight_scale
-Product = Callable[[Tensor, Tensor, Any, Any], Tensor]
-E4M3 = torch.float8_e4m3fn
-HIDDEN_SCALE = 1 / 64  # of e4m3 hidden vectors; those of the inputs below stay under 7
-BLOCK = 128
-NUM_CHECKED = 64  # rows that are compared at each end of a batch
+Product = Callable[[Inputs], Call]  # a library's product of one set
 
 
 class Chains:
-    """One op, kind and shape. m tokens; n = I for gate_up, d for down; k = d for gate_up, I for down."""
+    """One op and kind of ffn_table, m tokens, one shape; `num_sets` sets of inputs."""
 
-    def __init__(self, op: str, kind: str, m: int, n: int, k: int, device: torch.device, num_sets: int) -> None:
-        self.op, self.kind, self.device = op, kind, device
-        self.sets = [self._make(m, n * (2 if op == "gate_up" else 1), k) for _ in range(num_sets)]
+    def __init__(self, op: str, kind: str, m: int, width: int, hidden: int, device: str, num_sets: int) -> None:
+        self.op, self.kind, self.is_cuda = op, kind, device == "cuda"
+        self.problem = FfnProblem(FfnCase(op, m, hidden, width, PRECISIONS[kind]), device)
+        self.problem.make(num_sets)
 
-    def _make(self, m: int, rows: int, k: int) -> Inputs:
-        x = torch.randn(m, k, device=self.device, dtype=torch.bfloat16)
-        weight = torch.randn(rows, k, device=self.device, dtype=torch.bfloat16).mul_(k**-0.5)
-        if self.kind == "bf16":
-            return x, weight, None, None
-        (codes, x_scale), (weight, weight_scale) = quantized(x, self.kind), quantized(weight, self.kind, is_weight=True)
-        return codes, weight, x_scale, weight_scale
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """(x, weight) of the first set."""
+        first = self.problem.sets[0]
+        weight = first.gate_up if first.gate_up is not None else first.down
+        assert weight is not None
+        return first.x, weight
 
     @property
     def out_type(self) -> torch.dtype:
         """Of what our kernel writes."""
-        return E4M3 if (self.op, self.kind) == ("gate_up", "fp8") else torch.bfloat16
-
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """(x, weight) of the first set."""
-        return self.sets[0][:2]
+        return torch.float8_e4m3fn if (self.op, self.kind) == ("gate_up", "fp8") else torch.bfloat16
 
     def ours(self, config: Config) -> list[Call]:
-        """Our kernel in one configuration, on each set."""
-        return [partial(self._ours, config, *inputs) for inputs in self.sets]
+        """Our kernel in one configuration and what still follows it, on each set."""
+        after = [] if self._quantize is None else [compiled(self._quantize, self.is_cuda, "dynamic")]
+        return [partial(chain, partial(self.kernel, config, inputs), after) for inputs in self.problem.sets]
 
-    def stock(self, product: Product) -> list[Call]:
-        """A library's product and everything after it as one compiled function."""
-        after = compiled(self._after(), self.device)
-        return [partial(chain, product, [after], *arranged(inputs, self.kind)) for inputs in self.sets]
+    def kernel(self, config: Config, inputs: Inputs) -> Tensor:
+        """Our kernel alone."""
+        if inputs.gate_up is None:
+            assert inputs.down is not None
+            scales = {"weight_scale": inputs.weight_scale, "h_scale": inputs.x_scale}
+            return ffn.down(inputs.x, inputs.down, config=config, **scales)
+        scales = {"weight_scale": inputs.weight_scale, "x_scale": inputs.x_scale, "out_scale": inputs.out_scale}
+        return ffn.gate_up_silu(inputs.x, inputs.gate_up, config=config, **scales)
 
-    def fallback(self, product: Product) -> list[Call]:
-        """The same as inside our operators: activation and a quantization by token are kernels of their own."""
-        steps = [self._after()]
-        if self.op == "gate_up" and self.kind in ("fp8-token", "fp8-block"):
-            steps = [silu_mul, partial(quantize_rows, kind=self.kind)]
-        after = [compiled(step, self.device) for step in steps]
-        return [partial(chain, product, after, *arranged(inputs, self.kind)) for inputs in self.sets]
+    def check(self, config: Config) -> Check:
+        """What the kernel computes, against float32 arithmetic."""
+        return self.problem.check(self.kernel(config, self.problem.sets[0]))
 
     def products(self) -> dict[str, Product]:
-        """What a library offers for this kind, by name."""
-        found: dict[str, Product] = {"torch": PRODUCTS[self.kind]}
-        if self.kind != "bf16" and self.device.type == "cuda" and (cutlass := vllm_product()) is not None:
-            found["vllm"] = cutlass
-        return found
+        """What libraries offer for this kind, by name."""
+        if self.kind == "bf16":
+            return {"torch": plain_product}
+        found: dict[str, Product] = {"torch": partial(scaled_product, self.problem)}
+        cutlass = vllm_product() if self.is_cuda else None
+        return found if cutlass is None else found | {"vllm": cutlass}
 
-    def error(self, call: Call, product: Product) -> tuple[float, float]:
-        """(relative error of a chain on the first set, twice that of the library's), against float32 arithmetic."""
-        x, weight, x_scale, weight_scale = self.sets[0]
-        rows = torch.arange(x.shape[0], device=self.device)
-        rows = rows if len(rows) <= 2 * NUM_CHECKED else torch.cat((rows[:NUM_CHECKED], rows[-NUM_CHECKED:]))
-        part = x_scale if x_scale is None or x_scale.numel() == 1 else x_scale[rows]
-        if self.op == "gate_up":
-            exact = reference.gate_up_silu(x[rows], weight, weight_scale=weight_scale, x_scale=part)
-        else:
-            exact = reference.down(x[rows], weight, weight_scale=weight_scale, h_scale=part)
-        ours, own = (
-            (self._values(run())[rows] - exact).norm() / exact.norm() for run in (call, self.stock(product)[0])
-        )
-        return float(ours), 2 * float(own) + 1e-6
+    def stock(self, product: Product) -> list[Call]:
+        """A library's product, and everything after it as one compiled function."""
+        return self._chains(product, [self._whole])
 
-    def _ours(self, config: Config, x: Tensor, weight: Tensor, x_scale: Any, weight_scale: Any) -> Any:
+    def fallback(self, product: Product) -> list[Call]:
+        """The same as inside our operators: an activation and a quantization by token are kernels of their own."""
+        return self._chains(product, [self._whole] if self._quantize is None else [silu_mul, self._quantize])
+
+    def _chains(self, product: Product, steps: Sequence[Callable[..., Any] | None]) -> list[Call]:
+        after = [compiled(step, self.is_cuda, "dynamic") for step in steps if step is not None]
+        static = self.op == "gate_up" and self.kind == "fp8"
+        return [
+            partial(chain, product(inputs), after, *((inputs.out_scale,) if static else ()))
+            for inputs in self.problem.sets
+        ]
+
+    @property
+    def _whole(self) -> Callable[..., Any] | None:
+        """Everything after the product of the first half; nothing follows a down projection."""
         if self.op == "down":
-            return ffn.down(x, weight, weight_scale=weight_scale, h_scale=x_scale, config=config)
-        out_scale = hidden_scale(self.device) if self.kind == "fp8" else None
-        scales = {"weight_scale": weight_scale, "x_scale": x_scale, "out_scale": out_scale}
-        hidden = ffn.gate_up_silu(x, weight, config=config, **scales)
-        if self.kind in ("fp8-token", "fp8-block"):
-            return compiled(partial(quantize_rows, kind=self.kind), self.device)(hidden)
-        return hidden
+            return None
+        later: dict[str, Callable[..., Any]] = {
+            "bf16": silu_mul, "fp8": silu_mul_quantize, "fp8-token": silu_mul_by_token, "fp8-block": silu_mul_by_block
+        }  # fmt: skip
+        return later[self.kind]
 
-    def _after(self) -> Callable[[Tensor], Any]:
-        if self.op == "down":
-            return unchanged
-        if self.kind == "fp8":
-            return partial(silu_mul_quantize, scale=hidden_scale(self.device))
-        return silu_mul if self.kind == "bf16" else partial(silu_mul_quantize_rows, kind=self.kind)
-
-    def _values(self, result: Any) -> Tensor:
-        if isinstance(result, tuple):
-            return reference.dequantize(*result)
-        return result.float() * HIDDEN_SCALE if result.dtype == E4M3 else result.float()
+    @property
+    def _quantize(self) -> Callable[..., Any] | None:
+        """What our kernel leaves to do."""
+        later = {"fp8-token": quantize_by_token, "fp8-block": quantize_by_block}
+        return later.get(self.kind) if self.op == "gate_up" else None
 
 
-def chain(product: Product, after: Sequence[Callable[[Any], Any]], *inputs: Any) -> Any:
-    """A product and what follows it."""
-    result: Any = product(*inputs)
+def chain(first: Call, after: Sequence[Callable[..., Any]], *more: Any) -> Any:
+    """A call, and what follows it."""
+    result = first()
     for step in after:
-        result = step(result)
+        result = step(result, *more)
     return result
 
 
-def unchanged(product: Tensor) -> Tensor:
-    """Nothing follows a down projection."""
-    return product
-
-
-def silu_mul(both: Tensor) -> Tensor:
-    """[M, 2I] → [M, I]."""
-    gate, up = both.chunk(2, dim=-1)
-    return silu(gate) * up
-
-
-def silu_mul_quantize(both: Tensor, scale: Tensor) -> Tensor:
-    """The same as e4m3 by one fixed scale."""
-    return reference.quantize_e4m3(silu_mul(both).float(), scale)
-
-
-def quantize_rows(hidden: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """(e4m3, scales) of a hidden vector: [M, 1] for fp8-token, [M, ⌈I/128⌉] for fp8-block."""
-    wide = hidden.float()
-    if kind == "fp8-token":
-        scale = wide.abs().amax(1, keepdim=True).clamp_min(1e-9) / 448
-        return reference.quantize_e4m3(wide, scale), scale
-    padded = torch.nn.functional.pad(wide, (0, -wide.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    scale = padded.abs().amax(2).clamp_min(1e-9) / 448
-    codes = reference.quantize_e4m3(padded, scale[:, :, None]).flatten(1)[:, : wide.shape[1]]
-    return codes.contiguous(), scale
-
-
-def silu_mul_quantize_rows(both: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Activation and quantization, for a compiler to fuse."""
-    return quantize_rows(silu_mul(both), kind)
-
-
-def quantized(values: Tensor, kind: str, is_weight: bool = False) -> tuple[Tensor, Tensor]:
-    """(e4m3, scales) of x or of a weight, as the kernels take them."""
-    if kind == "fp8":
-        scale = (values.abs().max().float() / 448).reshape(1)
-        return reference.quantize_e4m3(values, scale), scale
-    if kind == "fp8-token" or not is_weight:
-        return quantize_rows(values, kind)
-    rows, columns = (-(-size // BLOCK) for size in values.shape)
-    padded = values.new_zeros(rows * BLOCK, columns * BLOCK)
-    padded[: values.shape[0], : values.shape[1]] = values
-    scale = padded.view(rows, BLOCK, columns, BLOCK).abs().amax((1, 3)).float().clamp_min(1e-9) / 448
-    ones = torch.ones_like(values, dtype=torch.float32)
-    return reference.quantize_e4m3(values, reference.dequantize(ones, scale)), scale
-
-
-def arranged(inputs: Inputs, kind: str) -> Inputs:
-    """The inputs as libraries take them: scales of blocks of x by column, as vLLM's quantization writes them; those of
-    the weight [⌈K/128⌉, ⌈N/128⌉], in columns padded to a multiple of four.
-    """
-    x, weight, x_scale, weight_scale = inputs
-    if kind != "fp8-block" or x_scale is None or weight_scale is None:
-        return inputs
-    padded = torch.nn.functional.pad(weight_scale, (0, -weight_scale.shape[1] % 4))
-    return x, weight, x_scale.t().contiguous().t(), padded.t()[: weight_scale.shape[1]]
-
-
-def scaled_rows(x: Tensor, weight: Tensor, x_scale: Any, weight_scale: Any) -> Tensor:
-    """cuBLAS's FP8 product, scales per tensor or per row."""
-    scales = (
-        (x_scale[0], weight_scale[0]) if x_scale.numel() == 1 == weight_scale.numel() else (x_scale, weight_scale.t())
-    )
-    return torch._scaled_mm(x, weight.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
-
-
-def scaled_blocks(x: Tensor, weight: Tensor, x_scale: Any, weight_scale: Any) -> Tensor:
-    """cuBLAS's FP8 product, scales per 128 × 128."""
-    kinds = torch.nn.functional.ScalingType
-    return torch.nn.functional.scaled_mm(
-        x, weight.t(), x_scale, kinds.BlockWise1x128, weight_scale, kinds.BlockWise128x128, output_dtype=torch.bfloat16
-    )
-
-
-PRODUCTS: dict[str, Product] = {
-    "bf16": lambda x, weight, x_scale, weight_scale: linear(x, weight),
-    "fp8": scaled_rows,
-    "fp8-token": scaled_rows,
-    "fp8-block": scaled_blocks,
-}
+def plain_product(inputs: Inputs) -> Call:
+    """cuBLAS's product in bf16."""
+    weight = inputs.gate_up if inputs.gate_up is not None else inputs.down
+    assert weight is not None
+    return partial(torch.nn.functional.linear, inputs.x, weight)
 
 
 def vllm_product() -> Product | None:
@@ -207,24 +123,35 @@ def vllm_product() -> Product | None:
         from vllm_puzzle.serving.vllm_linear import cutlass_product
     except ImportError:
         return None
-    return cutlass_product
+
+    def product(inputs: Inputs) -> Call:
+        x_scale, weight_scale = inputs.x_scale, inputs.weight_scale
+        weight = inputs.gate_up if inputs.gate_up is not None else inputs.down
+        assert weight is not None and x_scale is not None and weight_scale is not None
+        if weight_scale.dim() == 2:  # blocks, by column
+            x_scale, weight_scale = x_scale.t().contiguous().t(), weight_scale.t()
+        elif weight_scale.numel() <= 2:
+            weight_scale = weight_scale[:1]
+        return partial(cutlass_product, inputs.x, weight, x_scale, weight_scale)
+
+    return product
 
 
-@lru_cache(maxsize=1)
-def hidden_scale(device: torch.device) -> Tensor:
-    """HIDDEN_SCALE as the kernels take it."""
-    return torch.full((1,), HIDDEN_SCALE, device=device)
+def quantize_by_token(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """[M, I] → (e4m3, scales [M])."""
+    return quantize_rows(hidden.float(), "channel")
 
 
-_compiled: dict[tuple[Any, ...], Any] = {}
+def quantize_by_block(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """[M, I] → (e4m3, scales [M, ⌈I/128⌉])."""
+    return quantize_rows(hidden.float(), "block")
 
 
-def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """By torch.compile on a GPU, once for each function; as it is on a CPU."""
-    if device.type != "cuda":
-        return function
-    key = (function.func, *sorted(function.keywords.items(), key=str)) if isinstance(function, partial) else (function,)
-    key = tuple(map(str, key))
-    if key not in _compiled:
-        _compiled[key] = torch.compile(function, dynamic=True)  # as vLLM compiles, and once for all shapes
-    return _compiled[key]
+def silu_mul_by_token(both: Tensor) -> tuple[Tensor, Tensor]:
+    """Activation and quantization, for a compiler to fuse."""
+    return quantize_by_token(silu_mul(both))
+
+
+def silu_mul_by_block(both: Tensor) -> tuple[Tensor, Tensor]:
+    """Activation and quantization, for a compiler to fuse."""
+    return quantize_by_block(silu_mul(both))

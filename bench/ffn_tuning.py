@@ -21,15 +21,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm_puzzle.bench.ffn_chains import Call, Chains
+from vllm_puzzle.bench.ffn_chains import Chains, Product
+from vllm_puzzle.bench.kernel.timing import Call, number_of_sets
 from vllm_puzzle.kernels import ffn
-from vllm_puzzle.kernels.ffn_table import KINDS, OPS, Entry, Table, candidates, read_table, table_path, write_table
+from vllm_puzzle.kernels.ffn_table import (
+    KINDS,
+    OPS,
+    Config,
+    Entry,
+    Table,
+    candidates,
+    read_table,
+    table_path,
+    write_table,
+)
 
 # I, d: Nemotron 49B's and 51B's FFNs, 253B's fused ones over eight ranks, one narrow shard.
 SHAPES = ((704, 8192), (2816, 8192), (5632, 8192), (7168, 8192), (17920, 8192), (37632, 16384), (53248, 16384))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-L2_MULTIPLE = 5
-NUM_REPLAYS = 30
+MIN_REPLAYS, MAX_REPLAYS, SECONDS = 5, 40, 0.03  # of one configuration: there are many
 Timer = Callable[[Sequence[Call]], float]
 
 
@@ -44,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     found = parser.parse_args(argv)
     device = torch.device(found.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("ffn_tuning, device: found no CUDA device, allowed: one NVIDIA GPU", file=sys.stderr)
+        return 1
     if (reason := ffn.why_unsupported(device)) is not None:
         print(f"ffn_tuning, device: {reason}", file=sys.stderr)
         return 1
@@ -63,40 +76,41 @@ def measure(op: str, kind: str, m: int, width: int, hidden: int, device: torch.d
     """One case; None, and a line that says why, where nothing could be measured."""
     n, k = (width, hidden) if op == "gate_up" else (hidden, width)
     weight_bytes = n * k * (2 if op == "gate_up" else 1) * (2 if kind == "bf16" else 1)
-    chains = Chains(op, kind, m, n, k, device, num_sets(weight_bytes, device))
+    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    chains = Chains(op, kind, m, width, hidden, device.type, number_of_sets(weight_bytes, l2_bytes))
     timer = graph_time if device.type == "cuda" else clock_time
-    where = f"{op} {kind} M {m} I {width} d {hidden}"
-    stock = fastest(where, {name: partial(stock_time, chains, name, timer) for name in chains.products()})
+    where, products = f"{op} {kind} M {m} I {width} d {hidden}", chains.products()
+    stock = fastest(where, {name: partial(stock_time, chains, product, timer) for name, product in products.items()})
     if stock is None:
         return None
-    product = chains.products()[stock[0]]
-    fallback = stock[1] if op == "down" else timer(chains.fallback(product))
-    x, weight = chains.matrices()
+    fallback = stock[1] if op == "down" else timer(chains.fallback(products[stock[0]]))
     runs: dict[Any, Callable[[], float]] = {}
     for config in candidates(op, kind, m, k):
-        if ffn.is_usable(config, x, weight, op == "gate_up", chains.out_type):
-            runs[config] = partial(checked, chains, config, product, timer)
+        if ffn.is_usable(config, *chains.matrices, op == "gate_up", chains.out_type):
+            runs[config] = partial(checked_time, chains, config, timer)
     ours = fastest(where, runs)
     if ours is None:
         return None
+    config, microseconds = ours
     print(
-        f"{where}: {ours[0]} {ours[1]:.2f} µs, stock ({stock[0]}) {stock[1]:.2f}, one by one {fallback:.2f}", flush=True
+        f"{where}: {config.tile} in {config.splits} {microseconds:.2f} µs, stock ({stock[0]}) {stock[1]:.2f}, "
+        f"one by one {fallback:.2f}",
+        flush=True,
     )
-    return Entry(op, kind, m, n, k, ours[0], *(round(value, 3) for value in (ours[1], stock[1], fallback)))
+    return Entry(op, kind, m, n, k, config, *(round(value, 3) for value in (microseconds, stock[1], fallback)))
 
 
-def stock_time(chains: Chains, name: str, timer: Timer) -> float:
+def stock_time(chains: Chains, product: Product, timer: Timer) -> float:
     """The time of a library's product and everything after it, compiled."""
-    return timer(chains.stock(chains.products()[name]))
+    return timer(chains.stock(product))
 
 
-def checked(chains: Chains, config: Any, product: Any, timer: Timer) -> float:
+def checked_time(chains: Chains, config: Config, timer: Timer) -> float:
     """The time of a configuration that computes the right thing. Raises ValueError for another."""
-    calls = chains.ours(config)
-    error, bound = chains.error(calls[0], product)
-    if not error <= bound:
-        raise ValueError(f"found an error of {error:.2e}, allowed: {bound:.2e}, twice the library's")
-    return timer(calls)
+    check = chains.check(config)
+    if not check.is_passed:
+        raise ValueError(f"found an error of {check.error:.2e}, allowed: {check.bound:.2e}")
+    return timer(chains.ours(config))
 
 
 def fastest(where: str, runs: dict[Any, Callable[[], float]]) -> tuple[Any, float] | None:
@@ -114,14 +128,6 @@ def fastest(where: str, runs: dict[Any, Callable[[], float]]) -> tuple[Any, floa
     return best[1], best[0]
 
 
-def num_sets(weight_bytes: int, device: torch.device) -> int:
-    """How many weights rotate, so that none is found in the L2."""
-    if device.type != "cuda":
-        return 1
-    l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, -(-L2_MULTIPLE * l2 // weight_bytes))
-
-
 def graph_time(calls: Sequence[Call]) -> float:
     """Median µs of one call: replays of a CUDA graph that runs every call once."""
     stream = torch.cuda.Stream()
@@ -135,15 +141,21 @@ def graph_time(calls: Sequence[Call]) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(NUM_REPLAYS)]
-    for _ in range(3):
-        graph.replay()
+    (first,) = _replays(graph, 1)
+    count = max(MIN_REPLAYS, min(MAX_REPLAYS, int(1e6 * SECONDS / first)))
+    return statistics.median(_replays(graph, count)) / len(calls)
+
+
+def _replays(graph: Any, count: int) -> list[float]:
+    """µs of each of `count` replays, after one that does not count."""
+    graph.replay()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
     for start, stop in events:
         start.record()
         graph.replay()
         stop.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(stop) * 1e3 / len(calls) for start, stop in events)
+    return [max(float(start.elapsed_time(stop)) * 1e3, 1e-3) for start, stop in events]
 
 
 def clock_time(calls: Sequence[Call]) -> float:

@@ -18,6 +18,8 @@ from vllm_puzzle.kernels.cost import BLOCK
 E4M3_MAX = 448.0
 # Rounding each number to bf16 costs what torch's own bf16 operations cost; twice that is allowed, as QuACK does.
 OWN_ERROR_FACTOR, SLACK = 2.0, 1e-6
+# What the tuning table calls them.
+PRECISIONS = {"bf16": "bf16", "fp8": "fp8_tensor", "fp8-token": "fp8_channel", "fp8-block": "fp8_block"}
 HIDDEN_SCALE = 1 / 64  # of an e4m3 hidden vector: |silu(gate) · up| of these inputs stays below 7
 
 
@@ -97,7 +99,7 @@ class FfnProblem:
         if not self.device.startswith("cuda"):
             return None
         case = self.case
-        kind = {"bf16": "bf16", "fp8_block": "fp8-block"}.get(case.precision, "fp8")
+        kind = next(kind for kind, precision in PRECISIONS.items() if precision == case.precision)
         sizes = (width or case.intermediate, case.hidden)
         n, k = sizes if op == "gate_up" else sizes[::-1]
         return ffn_table.choose(op, torch.cuda.get_device_name(), kind, case.num_tokens, n, k)

@@ -139,10 +139,11 @@ def scaled_mm(problem: FfnProblem) -> Sequence[Call]:
             return compiled(silu_mul_quantize, is_cuda)(product(), inputs.out_scale)
         return compiled(silu_mul, is_cuda)(product())
 
-    return [partial(call, inputs, _scaled_product(problem, inputs)) for inputs in problem.sets]
+    return [partial(call, inputs, scaled_product(problem, inputs)) for inputs in problem.sets]
 
 
-def _scaled_product(problem: FfnProblem, inputs: Inputs) -> Callable[[], Tensor]:
+def scaled_product(problem: FfnProblem, inputs: Inputs) -> Callable[[], Tensor]:
+    """cuBLAS's FP8 product of one set, scales as it wants them."""
     weight = inputs.down if inputs.gate_up is None else inputs.gate_up
     assert weight is not None and inputs.x_scale is not None and inputs.weight_scale is not None
     columns = weight.t()

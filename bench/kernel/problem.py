@@ -76,7 +76,8 @@ def as_bits(cache: Tensor) -> Tensor:
 def compiled(function: Callable[..., Any], is_cuda: bool, mode: str = "default") -> Callable[..., Any]:
     """torch.compile on a GPU, the function itself on a CPU (where only its result is tested).
 
-    max-autotune without torch's own CUDA graphs: the timer captures one around all calls.
+    "dynamic" compiles once for all shapes, as vLLM does. max-autotune goes without torch's own CUDA graphs: the timer
+    captures one around all calls.
     """
     if not is_cuda:
         return function
@@ -85,4 +86,4 @@ def compiled(function: Callable[..., Any], is_cuda: bool, mode: str = "default")
     _dynamo.config.cache_size_limit = 256  # one compilation a shape; beyond the limit dynamo runs eagerly
     if mode == "max-autotune":
         return torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=mode == "dynamic")
