@@ -5,18 +5,21 @@
     {"device": "NVIDIA H100 80GB HBM3", "versions": {"triton": "3.6.0", …}, "entries": [
       {"head_dim": 64, "cache": "e4m3", "window": 128, "batch": "64q1s8k", "ours_us": …, "fused_us": …, "stock_us": …}]}
 
-An entry is one batch, medians in µs of rotating, storing and attending: by our two launches, by our one (null where the
-batch is not one token per sequence), by vLLM's best. A layer's choice holds for every batch, so that all entries of the
-two measured windows around its own count. Without them, on another device or under another Triton: vLLM's own.
+An entry is one batch, medians in µs of the same work by both: rotating, storing and attending by our two launches, by
+our one (null where the batch is not one token per sequence) and by vLLM's best, or, as `bench.kernel.attention_tuning`
+writes it, attending alone (`fused_us` null). A layer's choice holds for every batch, so that all entries of the two
+measured windows around its own count. Without them, on another device or under another Triton: vLLM's own.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).resolve().parent / "tables"
 CACHES = ("e4m3", "bfloat16", "float16", "float32")
@@ -64,6 +67,19 @@ def choose(device_name: str, head_dim: int, cache: str, window: int, folder: Pat
 def table_path(device_name: str, folder: Path = FOLDER) -> Path:
     """`NVIDIA H100 80GB HBM3` → window-attention-nvidia-h100-80gb-hbm3.json."""
     return folder / f"window-attention-{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}.json"
+
+
+def write_table(
+    folder: Path, device_name: str, versions: Mapping[str, str], entries: Sequence[Entry], **about: Any
+) -> Path:
+    """Write a device's table, one entry a line; `about` is for people. Returns the file."""
+    path = table_path(device_name, folder)
+    head = json.dumps({"device": device_name, "versions": versions, **about}, indent=1).removesuffix("\n}")
+    lines = ",\n".join(f"  {json.dumps(asdict(entry))}" for entry in entries)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{head},\n "entries": [\n{lines}\n]}}\n')
+    _entries.cache_clear()
+    return path
 
 
 @lru_cache(maxsize=8)
