@@ -65,14 +65,11 @@ def write_half_table(path: Path, models: Sequence[Path]) -> None:
 
 
 @pytest.fixture(scope="module")
-def outcomes(
-    folder: Path, references: dict[str, quantized.QuantizedReference], monkeypatch_module: pytest.MonkeyPatch
-) -> tuple[dict[str, Any], str]:
+def outcomes(folder: Path, references: dict[str, quantized.QuantizedReference]) -> tuple[dict[str, Any], str]:
     """All runs, in one process, and its log."""
-    monkeypatch_module.setattr(parity, "RUNNER", Path(__file__).with_name("ffn_run.py"))
     write_half_table(folder / "tables", [POCKET, folder / "fp8 static"])
     on, table = {FFN_KERNEL.variable: "on"}, {"table": str(folder / "tables")}
-    jobs = Jobs(folder)
+    jobs = Jobs(folder, Path(__file__).with_name("ffn_run.py"))
     jobs.add("auto", POCKET, rounds=[parity.PROMPTS[:2]])
     jobs.add("on", POCKET, environment=on, describe_layers=True)
     # A run of as many tokens as fit a batch comes before the first request.
@@ -87,12 +84,6 @@ def outcomes(
     jobs.add("off", folder / "modelopt fp8", {"dtype": "bfloat16"}, environment={FFN_KERNEL.variable: "off"})
     jobs.add("fp8 static, table", folder / "fp8 static", **table)
     return jobs.run(), jobs.log
-
-
-@pytest.fixture(scope="module")
-def monkeypatch_module() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
 
 
 def calls(outcomes: tuple[dict[str, Any], str], name: str) -> dict[str, int]:
