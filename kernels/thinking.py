@@ -25,7 +25,8 @@ class ThinkingMarkers:
     start: opens a thought. ends: each of them closes it, written by the model. closing: what is forced in their place,
     a marker too. phrase: forced before it, part of the thought and of its budget. boundaries: tokens after which a
     thought may be cut (line or sentence ends). tool_starts: each opens a tool call, which ends a thought. other_starts:
-    other spellings of `start`, where it is no token of its own.
+    other spellings of `start`, where it is no token of its own. headers: each stands before an answer or a marker and
+    is counted with neither; they force nothing.
     """
 
     start: Tokens
@@ -35,9 +36,11 @@ class ThinkingMarkers:
     boundaries: frozenset[int] = frozenset()
     tool_starts: tuple[Tokens, ...] = ()
     other_starts: tuple[Tokens, ...] = ()
+    headers: tuple[Tokens, ...] = ()
 
     def __post_init__(self) -> None:
         lists = {"start": self.starts, "closing": (self.closing,), "ends": self.ends, "tool_starts": self.tool_starts}
+        lists["headers"] = self.headers
         for name, marker in ((name, marker) for name, markers in lists.items() for marker in markers):
             if not marker:
                 raise ValueError(f"thinking markers, key `{name}`: found no token, allowed: at least one")
@@ -109,8 +112,8 @@ class ThinkingMachine:
     """State after some tokens of one response. `forced` is the token that must come next, None when the model is free.
 
     num_thinking counts thought tokens of all blocks, forced phrases included, markers excluded; num_markers the
-    markers' tokens; num_tokens all. A beginning marker of several tokens counts as thought until it is whole, so that
-    no limit is passed whichever way it goes on.
+    markers' tokens and the headers'; num_tokens all. A beginning marker of several tokens counts as thought until it is
+    whole, so that no limit is passed whichever way it goes on.
     """
 
     markers: ThinkingMarkers
@@ -130,18 +133,18 @@ class ThinkingMachine:
     _memory: int = field(init=False)
     _most: int = field(init=False)
     _lasts: frozenset[int] = field(init=False)
-    _start_lasts: frozenset[int] = field(init=False)
+    _answer_lasts: frozenset[int] = field(init=False)
     _quiet: float = field(init=False)
 
     def __post_init__(self) -> None:
         markers, loop, budget = self.markers, self.limits.loop, self.limits.budget
         # Most tokens are none of these, and come before any limit: they need no look at markers and limits.
         self._lasts = frozenset(marker[-1] for marker in (*markers.ends, *markers.tool_starts))
-        self._start_lasts = frozenset(marker[-1] for marker in markers.starts)
+        self._answer_lasts = frozenset(marker[-1] for marker in (*markers.starts, *markers.headers))
         self._quiet = -1 if loop else float("inf")
         if budget is not None and not loop:
             self._quiet = budget - len(self._phrase_within(budget)) - max(self.limits.grace, 0) - 1
-        sizes = [len(marker) for marker in (*markers.starts, *markers.ends, *markers.tool_starts)]
+        sizes = [len(marker) for marker in (*markers.starts, *markers.ends, *markers.tool_starts, *markers.headers)]
         # How many last tokens the rules look at.
         self._memory = max(*sizes, len(markers.phrase) + len(markers.closing), loop.max_pattern + 1 if loop else 0)
         self._most = 2 * self._memory + 64  # cut seldom
@@ -201,8 +204,32 @@ class ThinkingMachine:
 
     @property
     def num_answer(self) -> int:
-        """Tokens outside thoughts, markers excluded."""
+        """Tokens outside thoughts, markers excluded. The last of them may turn out to begin one: see `has_answer`."""
         return self.num_tokens - self.num_thinking - self.num_markers
+
+    @property
+    def num_closing(self) -> int:
+        """Tokens of a forced end that is not whole yet: `num_thinking` has them until it is."""
+        phrase_size = len(self._queue) - len(self.markers.closing)
+        return max(0, self._position - phrase_size) if self.mode == CLOSING else 0
+
+    @property
+    def reason_so_far(self) -> str | None:
+        """Why thinking ended, or is being ended."""
+        return self._why if self.mode == CLOSING and self.reason in (None, NATURAL, TOOL_CALL) else self.reason
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether there is an answer token that begins no marker and no header."""
+        if self.mode != OUTSIDE or not self.num_answer:
+            return self.num_answer > 0
+        begun = (
+            size
+            for marker in (*self.markers.starts, *self.markers.headers)
+            for size in range(1, len(marker))
+            if _ends_with(self._tail, marker[:size])
+        )
+        return self.num_answer > max(begun, default=0)
 
     # --- one token ---------------------------------------------------------------------------------------------
 
@@ -213,13 +240,15 @@ class ThinkingMachine:
 
     def _answer(self, token: int) -> None:
         self._remember(token)
-        if token not in self._start_lasts:
+        if token not in self._answer_lasts:
             return
         for start in self.markers.starts:
             if token == start[-1] and _ends_with(self._tail, start):
                 self.num_markers += len(start)
                 self._open()
                 return
+        found = (len(header) for header in self.markers.headers if _ends_with(self._tail, header))
+        self.num_markers += max(found, default=0)
 
     def _think(self, token: int) -> None:
         self._remember(token)

@@ -7,7 +7,7 @@ a spill, a lost tensor-core instruction or a compiler crash on either Triton ver
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # What a configuration may promise of its machine code: warp-group matrix instructions, loads by the tensor memory
@@ -21,7 +21,7 @@ class Variant:
 
     `signature` gives the type of each run-time argument in Triton's words ("*bf16", "i32", "fp32"), `constexprs` the
     value of every other one; `aligned` names the arguments that are divisible by 16 (pointers and strides), without
-    which Triton does not vectorise. `claims` is a part of CLAIMS.
+    which Triton does not vectorise. `claims` is a part of CLAIMS; `options` are more of the compiler's.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Variant:
     num_stages: int
     claims: frozenset[str] = frozenset()
     aligned: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = set(self.kernel.arg_names)
@@ -48,6 +49,7 @@ class Variant:
 
 def shipped() -> tuple[Variant, ...]:
     """Every configuration of every kernel in this package."""
-    from vllm_puzzle.kernels import thinking_triton
+    from vllm_puzzle.kernels import ffn_triton, fused_decode, kv_write, thinking_triton, window_attention_plan
 
-    return (*thinking_triton.variants(),)
+    modules = (thinking_triton, ffn_triton, kv_write, fused_decode, window_attention_plan)
+    return tuple(variant for module in modules for variant in module.variants())

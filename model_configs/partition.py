@@ -25,7 +25,9 @@ def layer_bytes(model: ModelRecord, layer: LayerRecord, num_tokens: int) -> int:
     total = WEIGHT_BYTES * num_layer_parameters(model, layer)
     for block in layer.blocks:
         if isinstance(block.attention, Attention):
-            seen = min(num_tokens, block.attention.sliding_window or num_tokens)
+            # A cache that keeps the first tokens keeps all of them (serving/attention.py).
+            window = None if block.attention.num_sink_tokens else block.attention.sliding_window
+            seen = min(num_tokens, window or num_tokens)
             total += KV_BYTES * 2 * block.attention.kv_size * seen
     return total
 

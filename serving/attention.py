@@ -15,11 +15,13 @@ from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.utils import set_weight_attrs
 from vllm_puzzle.model_configs.schema import Attention, ModelRecord, check_heads
 from vllm_puzzle.serving.kv_scales import kv_cache_quant_config
+from vllm_puzzle.serving.window_attention import choose_backend
 
 
 class PuzzleAttention(nn.Module):
     """Grouped-query attention with rotary positions, any KV-head count, optional window, optional q/k norm (Qwen3),
-    optional learned sinks (gpt-oss).
+    optional learned sinks (gpt-oss). A layer with a window may attend by our backend (window_attention.py), which
+    rotates q and k itself.
 
     hidden: [num_tokens, hidden_size], positions: [num_tokens] → [num_tokens, hidden_size].
     """
@@ -58,7 +60,8 @@ class PuzzleAttention(nn.Module):
         if model.qk_norm:
             self.q_norm = RMSNorm(spec.head_dim, eps=model.rms_norm_eps)
             self.k_norm = RMSNorm(spec.head_dim, eps=model.rms_norm_eps)
-        extra: dict[str, nn.Parameter] = {}
+        backend, extra = choose_backend(spec, vllm_config, prefix, self.rotary_emb)
+        self.rotates_itself = "rotary" in extra
         if spec.has_sinks:
             self.sinks = nn.Parameter(torch.empty(self.num_heads), requires_grad=False)
             set_weight_attrs(self.sinks, {"weight_loader": sharded_weight_loader(0)})
@@ -70,8 +73,10 @@ class PuzzleAttention(nn.Module):
             num_kv_heads=self.num_kv_heads,
             cache_config=vllm_config.cache_config,
             quant_config=kv_cache_quant_config(vllm_config),
-            per_layer_sliding_window=spec.sliding_window,
+            # Sink tokens stay in view for ever: vLLM's cache keeps every page where it knows of no window.
+            per_layer_sliding_window=None if spec.num_sink_tokens else spec.sliding_window,
             prefix=f"{prefix}.attn",
+            attn_backend=backend,
             **extra,
         )
 
@@ -83,6 +88,7 @@ class PuzzleAttention(nn.Module):
         if self.has_qk_norm:
             q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
             k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
-        q, k = self.rotary_emb(positions, q, k)
+        if not self.rotates_itself:
+            q, k = self.rotary_emb(positions, q, k)
         output, _ = self.o_proj(self.attn(q, k, v))
         return output

@@ -11,12 +11,16 @@ usage: vllm-puzzle serve [MODEL] [any flag of `vllm serve`]
        vllm-puzzle inspect MODEL_OR_CONFIG [--json]
        vllm-puzzle convert SRC DST --to {per_layer_config,anymodel,deci}
        vllm-puzzle gateway --upstream URL [--upstream-kind KIND] [--tokenizer DIR]
+       vllm-puzzle fuse plan MODEL --data FILE [--max-gib N] [--out plan.json]
+       vllm-puzzle bench [NAME]
 
   serve    start an OpenAI-compatible server; without MODEL, the pocket model that the package ships
            (`vllm-puzzle serve --help` lists vLLM's flags)
   inspect  show a model's layers, parameters and KV-cache bytes, from its config.json alone
   convert  write the same model under another description; weights are linked, not changed
   gateway  the reasoning dial in front of any OpenAI-compatible server (`vllm-puzzle gateway --help`)
+  fuse     measure which FFNs of a model can become one, and plan it (`vllm-puzzle fuse --help`)
+  bench    measure on this machine; without NAME, list what can be measured
 """
 
 
@@ -48,13 +52,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             from vllm_puzzle.serving.gateway.command import gateway
 
             return gateway(rest)
+        if command == "fuse":
+            from vllm_puzzle.serving.fuse.command import fuse
+
+            return fuse(rest)
+        # `bench` lies above serving and is found by name, as any other package's subcommand would be.
+        from importlib.metadata import entry_points
+
+        others = entry_points(group="vllm_puzzle.commands")
+        if command in others.names:
+            status = others[command].load()(rest)
+            sys.stdout.flush()
+            return status
     except BrokenPipeError:  # `… | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ConfigError as error:
         print(f"vllm-puzzle: {error}", file=sys.stderr)
         return 1
-    print(f"vllm-puzzle: found subcommand {command!r}, allowed: serve, inspect, convert, gateway", file=sys.stderr)
+    allowed = ", ".join(["serve", "inspect", "convert", "gateway", "fuse", *sorted(others.names)])
+    print(f"vllm-puzzle: found subcommand {command!r}, allowed: {allowed}", file=sys.stderr)
     return 2
 
 

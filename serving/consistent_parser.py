@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vllm.parser import HarmonyParser
 from vllm.parser.abstract_parser import DelegatingParser
 from vllm_puzzle.kernels.thinking import ThinkingMarkers, opens_thought
+from vllm_puzzle.serving import vllm_compat
+
+HEADER_STARTS, HEADER_END = ("<|start|>", "<|channel|>"), "<|message|>"
 
 
 class ConsistentParser(DelegatingParser):
@@ -52,6 +56,53 @@ class ConsistentParser(DelegatingParser):
         return answer or None
 
 
+class ConsistentHarmonyParser(ConsistentParser):
+    """Harmony's messages of one kind stand on lines of their own, streamed as in a whole reply.
+
+    A reply that ends within a message's header has no text of it, where vLLM takes the header for the answer's text.
+    """
+
+    _is_streamed = False
+    _is_within = False  # a message whose text has begun
+    _begun: frozenset[str] = frozenset()  # the kinds of text that the stream has so far
+
+    def parse_delta(self, *args: Any, **kwargs: Any) -> Any:
+        """Only here are segments put together; the Responses API makes an item of each message."""
+        self._is_streamed = True
+        try:
+            return super().parse_delta(*args, **kwargs)
+        finally:
+            self._is_streamed = False
+
+    def process_chunk(self, token_ids: Sequence[int]) -> Any:
+        """The segments of these tokens."""
+        result = super().process_chunk(token_ids)
+        result.segments[:] = self._on_lines(result.segments)
+        return result
+
+    def flush(self) -> list[Any]:
+        """The segments left at the end."""
+        left = super().flush()
+        if left and left[0].delta.startswith(HEADER_STARTS) and HEADER_END not in left[0].delta:
+            return []
+        return self._on_lines(left)
+
+    def _on_lines(self, segments: list[Any]) -> list[Any]:
+        return [self._on_line(segment) for segment in segments] if self._is_streamed else segments
+
+    def _on_line(self, segment: Any) -> Any:
+        if segment.completed_message is not None:
+            self._is_within = False
+        elif segment.delta and not self._is_within:
+            self._is_within = True
+            kind = vllm_compat.harmony_kind(segment.channel, segment.recipient)
+            if kind in self._begun:
+                return segment._replace(delta=f"\n{segment.delta}")
+            if kind in vllm_compat.HARMONY_TEXTS:
+                self._begun |= {kind}
+        return segment
+
+
 def consistent(parser_cls: Any, markers: ThinkingMarkers | None, tokenizer: Any) -> Any:
     """The parser class to use in place of vLLM's; the same where nothing is known, or one parser does it all."""
     if markers is None or parser_cls is None or not issubclass(parser_cls, DelegatingParser):
@@ -59,7 +110,8 @@ def consistent(parser_cls: Any, markers: ThinkingMarkers | None, tokenizer: Any)
     own = {token for marker in (markers.start, markers.closing, *markers.ends) for token in marker}
     added = getattr(tokenizer, "added_tokens_decoder", {})
     boundaries = frozenset(token for token, entry in added.items() if entry.special) - own
-    return type(parser_cls.__name__, (ConsistentParser, parser_cls), {"markers": markers, "boundaries": boundaries})
+    base = ConsistentHarmonyParser if issubclass(parser_cls, HarmonyParser) else ConsistentParser
+    return type(parser_cls.__name__, (base, parser_cls), {"markers": markers, "boundaries": boundaries})
 
 
 def this_turn(markers: ThinkingMarkers, boundaries: frozenset[int], prompt: Sequence[int]) -> list[int]:

@@ -6,6 +6,7 @@ interfaces are declared in this very file, because vLLM caches them under a hash
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -30,8 +31,11 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm_puzzle.model_configs.fused_tensors import places
 from vllm_puzzle.serving import vllm_compat
-from vllm_puzzle.serving.hf_config import model_record
+from vllm_puzzle.serving.ffn import choose_ffn_paths
+from vllm_puzzle.serving.fused_model import served_model
+from vllm_puzzle.serving.fused_weights import FusedWeights
 from vllm_puzzle.serving.layers import add_and_norm, build_layer
 from vllm_puzzle.serving.moe import PuzzleMoE
 from vllm_puzzle.serving.quantized_layers import check_layers, prepare_quantization
@@ -39,6 +43,7 @@ from vllm_puzzle.serving.servable import check_servable
 from vllm_puzzle.serving.stages import use_partition_by_cost
 from vllm_puzzle.serving.weights import TensorAccount, check_shared_scales
 
+logger = logging.getLogger("vllm.puzzle")
 EXPERT = re.compile(r"(?P<module>model\.layers\.(?P<layer>\d+)\.(?:.+\.)?mlp)\.experts\.(?P<name>.+)")
 
 
@@ -48,8 +53,9 @@ class PuzzleModel(nn.Module, EagleModelMixin):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self.record = record = model_record(vllm_config.model_config.hf_config)
-        check_servable(record)
+        served = served_model(vllm_config)
+        check_servable(served.checkpoint)
+        self.record = record = served.record
         # vLLM puts a global window on every layer that names none; here the records speak for every layer.
         vllm_config.cache_config.sliding_window = None
         self.quant_config = vllm_config.quant_config
@@ -135,15 +141,21 @@ class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle3):
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
     embedding_modules = {"embed_tokens": "input_embeddings", "lm_head": "output_embeddings"}  # noqa: RUF012
-    has_expert_lora = False  # see vllm_compat.refuse_expert_adapters
+    has_expert_lora = False  # see vllm_compat.refuse_unfit_adapters
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         if vllm_config.lora_config is not None:
-            vllm_compat.refuse_expert_adapters()
+            vllm_compat.refuse_unfit_adapters()
+        self.vllm_config = vllm_config
         self.config = vllm_config.model_config.hf_config
         self.quant_config = vllm_config.quant_config
-        self.quantization = prepare_quantization(vllm_config, model_record(self.config))
+        self.served = served = served_model(vllm_config)
+        if served.requested.ffns:
+            logger.info("%s", served.requested.sentence)
+        quantization, fused_quantization = prepare_quantization(vllm_config, served)
+        self.quantization = quantization
+        self.model_dtype = vllm_config.model_config.dtype
         self.model = PuzzleModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.record = record = self.model.record
         self.lm_head = PPMissingLayer()
@@ -158,7 +170,7 @@ class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle3):
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
             self.logits_processor = LogitsProcessor(record.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
-        check_layers(self, self.quantization)
+        check_layers(self, fused_quantization)
 
     @classmethod
     def get_kv_cache_groups(cls, vllm_config: VllmConfig, kv_cache_spec: dict[str, KVCacheSpec]) -> list[Any]:
@@ -185,11 +197,21 @@ class PuzzleForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsEagle3):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint and return vLLM's names of what was loaded. Raises WeightsError (see weights.py)."""
-        account = TensorAccount(self.record, self.quantization)
+        account = TensorAccount(self.served.checkpoint, self.quantization)
         loaded: set[str] = set()
-        weights = check_shared_scales(weights, self.quantization)
-        rest = self._load_experts(account.watch(weights), account, loaded)
+        weights = account.watch(check_shared_scales(weights, self.quantization))
+        layers = self.model.layers
+        fused = FusedWeights(
+            places(self.served.checkpoint, self.served.plan, self.quantization),
+            self.model_dtype,
+            lambda index: not isinstance(layers[index], PPMissingLayer),
+        )
+        rest = self._load_experts(fused.stream(weights), account, loaded)
         return loaded | AutoWeightsLoader(self).load_weights(rest, mapper=self.hf_to_vllm_mapper)
+
+    def process_weights_after_loading(self) -> None:
+        """vLLM's hook for when every weight has its final form."""
+        choose_ffn_paths(self, self.vllm_config)
 
     def _load_experts(
         self, weights: Iterable[tuple[str, torch.Tensor]], account: TensorAccount, loaded: set[str]

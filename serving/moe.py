@@ -124,7 +124,7 @@ class PuzzleMoE(nn.Module):
 
 def _without_lora(vllm_config: VllmConfig) -> AbstractContextManager[Any]:
     """The configuration that vLLM's experts read, without LoRA: they take no adapters here
-    (vllm_compat.refuse_expert_adapters), and with it they would need Triton's kernels, which a CPU lacks.
+    (vllm_compat.refuse_unfit_adapters), and with it they would need Triton's kernels, which a CPU lacks.
     """
     if vllm_config.lora_config is None:
         return nullcontext()

@@ -1,4 +1,4 @@
-"""What vLLM calls in every process: register our configurations and model classes, and nothing else.
+"""What vLLM calls in every process: register our configurations, model classes and attention backend, and nothing else.
 
 Entry point `vllm.general_plugins: puzzle`. Nothing is imported at module level that can fail: vLLM swallows errors
 while it loads an entry point, but not errors inside `register()`. Safe to call more than once.
@@ -15,12 +15,14 @@ MODELS = {
     "GptOssPuzzleForCausalLM": "vllm_puzzle.serving.model:PuzzleForCausalLM",
 }
 OVERRIDES = ("DeciLMForCausalLM",)
+ATTENTION_BACKEND = "vllm_puzzle.serving.window_attention_backend.WindowAttentionBackend"
 
 
 def register() -> None:
     """Register configurations, size convertor and model classes with transformers and vLLM."""
     from transformers import AutoConfig
     from vllm import ModelRegistry
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm_puzzle.serving import vllm_compat
     from vllm_puzzle.serving.hf_config import CONFIGS
     from vllm_puzzle.serving.overrides import DISABLE_OVERRIDES, say_once
@@ -40,6 +42,8 @@ def register() -> None:
             say_once(logging.INFO, f"serves {name} in place of vLLM's class ({DISABLE_OVERRIDES}=1 keeps it)")
     if "DeciLMForCausalLM" in _served_names():
         vllm_compat.use_record_sizes("nemotron-nas")
+    if not AttentionBackendEnum.CUSTOM.is_overridden():  # another plugin's stays
+        register_backend(AttentionBackendEnum.CUSTOM, ATTENTION_BACKEND)
 
 
 def register_classes() -> None:

@@ -7,17 +7,22 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_puzzle.model_configs.ffn_fusion import KEY, PLACE, FusionPlan, fuse, read_fusion, requested_plan
 from vllm_puzzle.model_configs.formats import FAMILIES, is_described, read_model
-from vllm_puzzle.model_configs.json_values import mapping, read_object
+from vllm_puzzle.model_configs.fused_tensors import SAME, Place, fuse_quantization, places, unequal
+from vllm_puzzle.model_configs.json_values import mapping, read_object, shown
 from vllm_puzzle.model_configs.quantization import check_cpu_kernels
 from vllm_puzzle.model_configs.quantization_formats import LEGACY_FILE, load_quantization, quantization_entry
 from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord, check_tensor_parallel
 from vllm_puzzle.serving.cpu_defaults import has_exact_int8, has_packed_int, is_cpu_engine
+from vllm_puzzle.serving.fusion_flags import asked_fusion
+from vllm_puzzle.serving.overrides import DISABLE_OVERRIDES, keeps_stock
 from vllm_puzzle.serving.servable import check_servable, is_ours
 from vllm_puzzle.serving.weights import TensorAccount, WeightsError
 
@@ -41,6 +46,8 @@ class Request:
     tensor_parallel_size: int
     is_expert_parallel: bool
     needs_tokenizer: bool
+    fusion: Any = None  # of --puzzle-ffn-fusion; see model_configs/ffn_fusion.py
+    hf_overrides: str | None = None
 
     @property
     def is_single_process(self) -> bool:
@@ -59,8 +66,8 @@ class Request:
         return found
 
 
-def read_request(argv: Sequence[str]) -> Request:
-    """Read the few flags that are checked here; all others are vLLM's business."""
+def read_request(argv: Sequence[str], fusion: Any = None) -> Request:
+    """Read the few flags that are checked here; all others are vLLM's business. `fusion` is what take_fusion took."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("model_tag", nargs="?")
     parser.add_argument("--model")
@@ -69,6 +76,7 @@ def read_request(argv: Sequence[str]) -> Request:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--tokenizer")
     parser.add_argument("--load-format", default="auto")
+    parser.add_argument("--hf-overrides")
     parser.add_argument("--skip-tokenizer-init", action="store_true")
     parser.add_argument("--enable-expert-parallel", "-ep", action="store_true")
     for size in ("tensor", "pipeline", "data"):
@@ -93,11 +101,13 @@ def read_request(argv: Sequence[str]) -> Request:
         tensor_parallel_size=sizes[0],
         is_expert_parallel=found.enable_expert_parallel,
         needs_tokenizer=not found.skip_tokenizer_init,
+        fusion=fusion,
+        hf_overrides=found.hf_overrides,
     )
 
 
 def check(request: Request) -> ModelRecord | None:
-    """Everything that can be known now. Returns the model's record where its configuration is one we read."""
+    """Everything that can be known now. Returns the record that is served where the configuration is one we read."""
     if request.dtype not in DTYPES:
         raise ConfigError(f"flag --dtype: found {request.dtype!r}, allowed: {', '.join(DTYPES)}")
     _check_port(request.host, request.port)
@@ -105,23 +115,31 @@ def check(request: Request) -> ModelRecord | None:
     if not path.is_dir():
         if _is_hub_name(request.model):
             _check_hub(request.model)
+            if request.fusion is not None:
+                config = _hub_config(request.model)
+                config[KEY] = request.fusion
+                _read_plan(config, _read_record(config))
             return None
         raise ConfigError(f"model {request.model}: found no such directory, allowed: a model directory or a hub name")
     if not (path / "config.json").is_file():
         raise ConfigError(f"model {path}: found no config.json, allowed: a Hugging Face model directory")
     config = read_object(path / "config.json")
+    config[KEY] = asked_fusion(request.fusion, request.hf_overrides, config)
     if request.needs_tokenizer and request.tokenizer is None:
         _check_tokenizer(path)
     record = _read_record(config)
+    plan = _read_plan(config, record)
+    served = record
     if record is not None:
         if is_ours(record):
             check_servable(record)
-        check_tensor_parallel(record, request.tensor_parallel_size, request.is_expert_parallel)
+        served = fuse(record, plan)
+        check_tensor_parallel(served, request.tensor_parallel_size, request.is_expert_parallel)
     if request.load_format in ("auto", "safetensors"):
-        _check_weights(path, config, record)
+        _check_weights(path, config, record, plan)
     if record is not None and (is_described(config) or is_ours(record)):
         _check_transformers(config, record)
-    return record
+    return served
 
 
 def _read_record(config: dict[str, Any]) -> ModelRecord | None:
@@ -136,6 +154,20 @@ def _read_record(config: dict[str, Any]) -> ModelRecord | None:
         if is_described(config):
             raise
         return None
+
+
+def _read_plan(config: dict[str, Any], record: ModelRecord | None) -> FusionPlan:
+    """What FFN Fusion will do, said in one line; an empty plan, and nothing said, when it is off."""
+    if read_fusion(config[KEY]) is None:
+        return FusionPlan()
+    if record is None:
+        found = shown(config.get("model_type"))
+        raise ConfigError(f"{PLACE}: found on model_type {found}, allowed: off, or on one of {', '.join(FAMILIES)}")
+    plan = requested_plan(record, config)
+    if plan.ffns and keeps_stock():
+        raise ConfigError(f"{PLACE}: found with {DISABLE_OVERRIDES}, allowed: off (vLLM's own class fuses nothing)")
+    print(f"[vllm-puzzle]   {plan.sentence}", file=sys.stderr)
+    return plan
 
 
 def _check_transformers(config: dict[str, Any], record: ModelRecord) -> None:
@@ -200,6 +232,17 @@ def _check_hub(model: str) -> None:
         )
 
 
+def _hub_config(model: str) -> dict[str, Any]:
+    """A hub model's config.json, which vLLM will read too: a wish for fusion that it cannot have must not pass."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return read_object(Path(hf_hub_download(model, "config.json")))
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model {model}: found {reason!r}, allowed: a hub model with a config.json") from None
+
+
 def _check_tokenizer(path: Path) -> None:
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise ConfigError(
@@ -236,24 +279,43 @@ def precision_limits(model: str) -> tuple[bool, bool]:
 # --- weights -----------------------------------------------------------------------------------------------------
 
 
-def _check_weights(path: Path, config: dict[str, Any], record: ModelRecord | None) -> None:
+def _check_weights(path: Path, config: dict[str, Any], record: ModelRecord | None, plan: FusionPlan) -> None:
     """Headers of all safetensors files: whole, and (for the models our class serves) exactly the right tensors."""
-    files = _weight_files(path)
-    account = None
+    files = weight_files(path)
+    account = quantization = None
     if record is not None and is_ours(record):
         quantization = load_quantization(record, path, config)
         if quantization is not None and is_cpu_engine():
             check_cpu_kernels(quantization, has_exact_int8, has_packed_int)
+        if quantization is not None:
+            fuse_quantization(plan, quantization)
         account = TensorAccount(record, quantization)
     for file in files:
         for name, entry in read_safetensors_header(file):
             if account is not None:
                 account.see(name, tuple(entry["shape"]), entry["dtype"])
-    if account is not None:
+    if account is not None and record is not None:
         account.close()
+        _check_shared_numbers(files, places(record, plan, quantization))
 
 
-def _weight_files(path: Path) -> list[Path]:
+def _check_shared_numbers(files: Sequence[Path], table: Mapping[str, Place]) -> None:
+    """Numbers that a fused FFN holds once must be the same in all its parts; their bytes are compared."""
+    first: dict[str, bytes] = {}
+    for file in files:
+        for name, entry in read_safetensors_header(file) if table else ():
+            place = table.get(name)
+            if place is not None and place.join == SAME:
+                begin, end = entry["data_offsets"]
+                with file.open("rb") as stream:
+                    stream.seek(8 + struct.unpack("<Q", stream.read(8))[0] + begin)
+                    number = stream.read(end - begin)
+                if number != first.setdefault(place.target, number):
+                    raise unequal(place)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a model folder, none where its weights are in another format. Raises WeightsError."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))

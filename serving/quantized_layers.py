@@ -13,6 +13,7 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm_puzzle.model_configs.fused_tensors import fuse_quantization
 from vllm_puzzle.model_configs.quantization import (
     Quantization,
     Scheme,
@@ -24,26 +25,32 @@ from vllm_puzzle.model_configs.quantization import (
 from vllm_puzzle.model_configs.quantization_formats import quantization_entry, read_quantization
 from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord
 from vllm_puzzle.serving import vllm_compat
+from vllm_puzzle.serving.fused_model import ServedModel
 
 
-def prepare_quantization(vllm_config: VllmConfig, model: ModelRecord) -> Quantization | None:
+def prepare_quantization(
+    vllm_config: VllmConfig, served: ServedModel
+) -> tuple[Quantization, Quantization] | tuple[None, None]:
     """Read the checkpoint's entry and hand vLLM its exclusions as exact module names. Call before building layers.
 
-    None for plain checkpoints, those that vLLM itself is asked to quantize (`--quantization fp8`) included.
+    Returns the checkpoint's quantization and that of the record that is built. None for plain checkpoints, those that
+    vLLM itself is asked to quantize (`--quantization fp8`) included.
     """
-    quant_config = vllm_config.quant_config
+    quant_config, model = vllm_config.quant_config, served.checkpoint
     if quant_config is None:
-        return None
+        return None, None
     entry = quantization_entry(vllm_config.model_config.hf_config.to_dict())
     # ModelOpt's older files have the per-layer list outside config.json, where vLLM has read it.
     quantization = read_quantization(model, entry, getattr(quant_config, "quantized_layers", None))
-    if quantization is not None:
-        check_cpu_kernels(quantization, vllm_compat.has_exact_int8_kernel, vllm_compat.has_packed_int_kernel)
-        _check_compiled(vllm_config, quantization)
-        _check_packed_dtype(vllm_config, quantization)
-        _use_exact_names(quant_config, model, quantization)
-        vllm_compat.round_to_fp8_on_cpu()
-    return quantization
+    if quantization is None:
+        return None, None
+    check_cpu_kernels(quantization, vllm_compat.has_exact_int8_kernel, vllm_compat.has_packed_int_kernel)
+    _check_compiled(vllm_config, quantization)
+    _check_packed_dtype(vllm_config, quantization)
+    fused = fuse_quantization(served.plan, quantization)
+    _use_exact_names(quant_config, served.record, fused)
+    vllm_compat.round_to_fp8_on_cpu()
+    return quantization, fused
 
 
 def check_layers(root: nn.Module, quantization: Quantization | None) -> None:

@@ -91,8 +91,7 @@ def model_dial(engine_client: Any, args: Any) -> tuple[ThinkingMarkers | None, M
     profile = profile_of(vllm_compat.model_type(model_config), " ".join(names), template, start, end)
     profile = preset(profile, getattr(args, "default_chat_template_kwargs", None) or {})
     policy = policy_from_environment()
-    reasoning_config = getattr(engine_client.vllm_config, "reasoning_config", None)
-    markers = make_markers(tokenizer, profile, policy.phrase, reasoning_config)
+    markers = make_markers(tokenizer, profile, policy.phrase, vllm_compat.reasoning_config(engine_client))
     return markers, ModelDial(profile, policy, markers is not None, names[0])
 
 

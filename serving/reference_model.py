@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from vllm_puzzle.kernels import reference as ops
+from vllm_puzzle.model_configs.ffn_fusion import FusedFFN, FusionPlan
 from vllm_puzzle.model_configs.schema import (
     Attention,
     ConfigError,
@@ -26,12 +27,14 @@ class ReferenceModel(nn.Module):
     """Logits of `record` for token ids of shape [..., T] → [..., T, vocab_size].
 
     Raises ConfigError for what it does not define: NemotronH's blocks, and rotary types other than default, llama3
-    and yarn. MXFP4 experts are held as the matrices that they stand for.
+    and yarn. MXFP4 experts are held as the matrices that they stand for. `plan`: layers that read one input together,
+    each from its own tensors (FFN Fusion's formula, computed without fusing anything).
     """
 
-    def __init__(self, record: ModelRecord, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, record: ModelRecord, dtype: torch.dtype = torch.float32, plan: FusionPlan | None = None) -> None:
         super().__init__()
         self.record = record
+        self.plan = FusionPlan() if plan is None else plan
         for index, layer in enumerate(record.layers):
             for block in layer.blocks:
                 if not isinstance(block.attention, Attention | LinearMap | None) or not isinstance(
@@ -90,12 +93,25 @@ class ReferenceModel(nn.Module):
     def layer(self, index: int, hidden: Tensor) -> Tensor:
         """One decoder layer with its residuals. hidden: [..., T, hidden_size] → the same shape."""
         layer, prefix = self.record.layers[index], f"model.layers.{index}"
+        together = next((ffn for ffn in self.plan.ffns if index in ffn.layers), None)
+        if together is not None:
+            # Those before the last layer of a run are done there, on the same input.
+            return self.parallel_ffns(together, hidden) if index == together.holder else hidden
         if not layer.parallel:
             return self.block(layer, prefix, hidden)
         blocks = enumerate(layer.parallel)
         outputs = [self.block(block, f"{prefix}.parallel_blocks.{i}", hidden) for i, block in blocks]
         # Each output holds the input once; together they may hold it once only.
         return torch.stack(outputs).sum(0) - (len(outputs) - 1) * hidden
+
+    def parallel_ffns(self, ffn: FusedFFN, hidden: Tensor) -> Tensor:
+        """X + Σ FFN_i(norm_i(X)), or with the last layer's norm for all. hidden: [..., T, hidden_size] → the same."""
+        outputs = []
+        for part in ffn.parts:
+            owner = part if ffn.norm == "own" else ffn.parts[-1]
+            x = self._norm(hidden, f"{owner.prefix}.post_attention_layernorm.weight")
+            outputs.append(self._gated(f"{part.prefix}.mlp", x))
+        return hidden + torch.stack(outputs).sum(0)
 
     def block(self, block: LayerRecord, prefix: str, hidden: Tensor) -> Tensor:
         """Attention and FFN of one block under `prefix`, with their residuals."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from vllm_puzzle.model_configs.per_layer import GPT_OSS
 from vllm_puzzle.model_configs.schema import Attention, ConfigError, LayerRecord, Mamba2, ModelRecord, MoE, PlainFFN
+from vllm_puzzle.serving.window_attention_mode import FLAG, ON, serves_sink_tokens
 
 OUR_ARCHITECTURES = ("AnyModel", "DeciLMForCausalLM", "GptOssPuzzleForCausalLM", "PuzzleForCausalLM")
 
@@ -41,10 +42,10 @@ def check_block(block: LayerRecord, where: str) -> None:
     """Raise ConfigError for a sub-block that vLLM 0.32 has nothing for."""
     if isinstance(block.attention, Mamba2):
         raise ConfigError(f"{where}, attention: found mamba, allowed: attention, a linear map or nothing")
-    if isinstance(block.attention, Attention) and block.attention.num_sink_tokens:
+    if isinstance(block.attention, Attention) and block.attention.num_sink_tokens and not serves_sink_tokens():
         raise ConfigError(
             f"{where}, attention, key `num_sink_tokens`: found {block.attention.num_sink_tokens}, allowed: null "
-            "(no attention backend of vLLM keeps the first tokens in view)"
+            f"(no attention backend of vLLM keeps the first tokens in view; on a GPU ours does: {FLAG} {ON})"
         )
     if isinstance(block.ffn, PlainFFN) or (isinstance(block.ffn, MoE) and block.ffn.latent_size):
         raise ConfigError(f"{where}, ffn: found {block.ffn}, allowed: gated FFN, experts, linear map or nothing")

@@ -15,12 +15,16 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
+from vllm_puzzle.model_configs.ffn_fusion import KEY
 from vllm_puzzle.model_configs.schema import ModelRecord
 from vllm_puzzle.serving.cpu_defaults import Setting, cpu_settings, is_cpu_engine
 from vllm_puzzle.serving.dial.policy_flags import take_policy
+from vllm_puzzle.serving.fusion_flags import take_fusion
+from vllm_puzzle.serving.kernel_flags import take_kernel_flags
 from vllm_puzzle.serving.preflight import Request, check, dashed, precision_limits, read_request
 from vllm_puzzle.serving.servable import is_ours
 from vllm_puzzle.serving.stages import PARTITION, partition_by_cost
+from vllm_puzzle.serving.window_attention_mode import take_window_attention
 
 NUM_STEPS = 4
 MAX_ERROR_CHARS = 500
@@ -32,8 +36,8 @@ _STARTED = time.monotonic()
 def serve(argv: Sequence[str]) -> int:
     """Run the server until it is stopped; returns the exit status. Raises ConfigError for a user's mistake."""
     wants_help = any(argument in ("-h", "--help") or argument.startswith("--help=") for argument in argv)
-    argv = take_policy(argv)
-    request = read_request(argv)
+    argv, fusion = take_fusion(take_kernel_flags(take_window_attention(take_policy(argv))))
+    request = read_request(argv, fusion)
     settings: list[Setting] = []
     if not wants_help:
         say(1, f"checking {request.model}")
@@ -99,6 +103,8 @@ def _run_vllm(argv: Sequence[str], request: Request, flags: dict[str, Any]) -> i
     serve_parser.usage = "vllm-puzzle serve [MODEL] [options]"
     serve_parser.set_defaults(host="127.0.0.1", **request.defaults, **flags)
     args = parser.parse_args(["serve", *_with_model(argv, request.model)])
+    if request.fusion is not None:
+        args.hf_overrides = {**(args.hf_overrides or {}), KEY: request.fusion}
     configure_logging_from_args(args)
     command.validate(args)
     if is_cpu_engine() and request.is_single_process:

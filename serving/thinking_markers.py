@@ -51,6 +51,7 @@ def make_markers(
         boundaries=boundaries(tokenizer),
         tool_starts=spellings(tokenizer, profile.tool_start) if profile.tool_start else (),
         other_starts=tuple(other_starts),
+        headers=tuple(encode(tokenizer, header) for header in profile.headers),
     )
 
 

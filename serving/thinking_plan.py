@@ -78,7 +78,7 @@ def markers_of(reasoning_config: Any) -> ThinkingMarkers | None:
 
 
 def markers_to_wire(markers: ThinkingMarkers) -> dict[str, Any]:
-    """The markers as plain lists, for JSON or msgpack."""
+    """The markers as plain lists, for JSON or msgpack; without headers, as a runner counts no answers."""
     return {
         "start": list(markers.start),
         "ends": [list(end) for end in markers.ends],

@@ -38,16 +38,16 @@ class SequenceWatch:
         else:
             for token in tokens:
                 machine.feed((token,))
-                self.counts.append(machine.num_thinking)
-        if self.first_thinking is None and machine.num_thinking:
+                self.counts.append(self.num_thinking)
+        if self.first_thinking is None and self.num_thinking:
             self.first_thinking = now
-        if self.first_answer is None and machine.num_answer:
+        if self.first_answer is None and machine.has_answer:
             self.first_answer = now
 
     @property
     def num_thinking(self) -> int:
-        """Thinking tokens so far."""
-        return self.machine.num_thinking
+        """Thinking tokens so far; those of a forced end are none, whole or cut."""
+        return self.machine.num_thinking - self.machine.num_closing
 
     @property
     def num_answer(self) -> int:
@@ -62,22 +62,22 @@ class SequenceWatch:
     def thinking_tokens_at(self, num_tokens: int) -> int:
         """Thinking tokens among the first `num_tokens`."""
         if self.counts is None or num_tokens >= len(self.counts):
-            return self.machine.num_thinking
+            return self.num_thinking
         return self.counts[num_tokens - 1] if num_tokens else 0
 
     @property
     def end_reason(self) -> str | None:
         """Why thinking ended: one of off, natural, budget, loop, tool_call, user, length; None without a thought."""
-        machine = self.machine
+        machine, reason = self.machine, self.machine.reason_so_far
         if machine.mode == THINKING and self.finish_reason == LENGTH:
             return LENGTH
-        if self.is_ended_by_user and machine.reason == NATURAL:
+        if self.is_ended_by_user and reason == NATURAL:
             return USER
-        if machine.reason is None and self.is_off:
+        if reason is None and self.is_off:
             return OFF
-        if machine.reason is None and machine.num_blocks:
+        if reason is None and machine.num_blocks:
             return NATURAL if self.finish_reason is not None else None
-        return machine.reason
+        return reason
 
 
 @dataclass(slots=True)

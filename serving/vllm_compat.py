@@ -43,6 +43,7 @@ def use_record_sizes(model_type: str) -> None:
 
 HARMONY_CALL = 200012  # <|call|>, ends a turn that calls a tool
 HARMONY_VOCABULARY = 201088
+HARMONY_TEXTS = ("REASONING", "CONTENT")
 
 
 def use_gpt_oss_defaults(architecture: str) -> None:
@@ -153,10 +154,10 @@ def _kv_cache_planner() -> Any:
     return planner
 
 
-def refuse_expert_adapters() -> None:
-    """Leave `experts` out of the modules that take LoRA adapters, in models that say `has_expert_lora = False`.
-
-    vLLM then refuses an adapter for them while it loads (ConfigError). Other models are untouched. Repeatable.
+def refuse_unfit_adapters() -> None:
+    """Leave `experts` out of the modules that take LoRA adapters, in models that say `has_expert_lora = False`, and
+    refuse an adapter for FFNs that are fused: vLLM would drop it where a layer has become empty, and misplace it where
+    the wide FFN is. ConfigError while it loads. Other models are untouched. Repeatable.
     """
     from vllm.lora import model_manager
     from vllm.lora.worker_manager import WorkerLoRAManager
@@ -173,7 +174,7 @@ def refuse_expert_adapters() -> None:
 
     def load_or_refuse(self: Any, lora_request: Any) -> Any:
         try:
-            return load(self, lora_request)
+            adapter = load(self, lora_request)
         except ValueError as error:
             if has_expert_lora(self._adapter_manager.model) or ".experts" not in str(error):
                 raise
@@ -181,6 +182,15 @@ def refuse_expert_adapters() -> None:
                 f"adapter {lora_request.lora_path}: found weights for experts, allowed: for any other matrix "
                 "(vLLM has no adapters for experts whose number differs by layer)"
             ) from None
+        served = getattr(self._adapter_manager.model, "served", None)
+        for ffn in served.requested.ffns if served is not None else ():
+            parts = tuple(f"{part.prefix}.mlp." for part in ffn.parts)
+            if named := sorted(name for name in adapter.loras if name.startswith(parts)):
+                raise ConfigError(
+                    f"adapter {lora_request.lora_path}: found weights for {named[0]}, allowed: for any matrix beside "
+                    f"the FFNs of layers {ffn.layers[0]}-{ffn.layers[-1]}, which are fused (--puzzle-ffn-fusion)"
+                )
+        return adapter
 
     supported._puzzle_leaves_experts_out = True  # type: ignore[attr-defined]
     model_manager.get_supported_lora_modules = supported
@@ -286,9 +296,29 @@ def fork_engine_core() -> None:
     engine_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
 
 
+def reasoning_config(engine_client: Any) -> Any:
+    """vLLM's ReasoningConfig; None without a reasoning parser.
+
+    vLLM makes none for the parser that it chooses by itself, as for gpt-oss; an empty one stands for that.
+    """
+    from vllm.config.reasoning import ReasoningConfig
+
+    config = engine_client.vllm_config
+    found = getattr(config, "reasoning_config", None)
+    chosen = getattr(getattr(config, "structured_outputs_config", None), "reasoning_parser", "")
+    return ReasoningConfig() if found is None and chosen else found
+
+
+def harmony_kind(channel: str | None, recipient: str | None) -> str:
+    """What a Harmony message is to vLLM: one of HARMONY_TEXTS, TOOL or IGNORE."""
+    from vllm.parser.harmony import _SegmentType
+
+    return _SegmentType.from_channel_and_recipient(channel, recipient).name
+
+
 def thinking_texts(engine_client: Any) -> tuple[str, str]:
     """(start, end) of a thought as the engine's reasoning parser knows them; empty where it knows none."""
-    config = getattr(engine_client.vllm_config, "reasoning_config", None)
+    config = reasoning_config(engine_client)
     tokenizer = getattr(engine_client.renderer, "tokenizer", None)
     if config is None or not config.enabled or tokenizer is None:
         return "", ""
@@ -440,3 +470,9 @@ async def ask_workers(engine_client: Any, method: str, *args: Any) -> list[Any]:
         return list(await engine_client.collective_rpc(method, args=args))
     answers = await ask_all("collective_rpc", method, None, args, None)
     return [answer for engine in answers for answer in engine]
+
+
+def keep_plain_weights_on_cpu(*layers: Any) -> None:
+    """Keep vLLM's CPU build from packing these linear layers' weights into a form that only its own kernel reads."""
+    for layer in layers:
+        layer._cpu_skip_gemm_dispatch = True

@@ -143,7 +143,8 @@ LEDGER = (
     ),
     LedgerEntry(
         target="vllm.lora.worker_manager:WorkerLoRAManager._load_adapter",
-        why="as above: vLLM's refusal lists every tensor of every expert; wrapped to say it in one line",
+        why="as above: vLLM's refusal lists every tensor of every expert; wrapped to say it in one line, and to refuse "
+        "an adapter for FFNs that are fused, of which vLLM would drop or misplace the weights",
         upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/lora/lora_model.py",
         remove_when="as above",
     ),
@@ -168,7 +169,8 @@ LEDGER = (
     ),
     LedgerEntry(
         target="vllm.config.reasoning:ReasoningConfig.enabled",
-        why="whether the server can count thinking tokens; a budget without it is refused before it is queued",
+        why="whether the server can count thinking tokens; a budget without it is refused before it is queued. An "
+        "empty one stands for the parser that vLLM chooses by itself (gpt-oss), of which it makes none",
         upstream="as above",
         remove_when="as above",
     ),
@@ -253,6 +255,19 @@ LEDGER = (
         remove_when="both ways of parsing start from the prompt's state, and a turn is judged without earlier ones",
     ),
     LedgerEntry(
+        target="vllm.parser.harmony:HarmonyParser.process_chunk",
+        why="a whole reply has each Harmony message of one kind on a line of its own, a stream all on one line; the "
+        "line break is put into the segments (serving/consistent_parser.py)",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/parser/harmony.py (parse, parse_delta)",
+        remove_when="a stream's text is the whole reply's",
+    ),
+    LedgerEntry(
+        target="vllm.parser.harmony:_SegmentType.from_channel_and_recipient",
+        why="which of these messages are thought, answer or tool call",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
         target="vllm.v1.engine.async_llm:AsyncLLM.generate",
         why="wrapped per server: the one place where sampling parameters of all three APIs are made and max_tokens is "
         "known; also for request ids (output_processor.external_req_ids)",
@@ -264,5 +279,56 @@ LEDGER = (
         why="a request may run in any data-parallel engine, and collective_rpc returns the first one's answers only",
         upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/engine/core_client.py",
         remove_when="collective_rpc returns every engine's answers",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel:FP8ScaledMMLinearKernel.apply_scaled_mm",
+        why="our FFN kernels take an FP8 layer's weight, scale and quantized input as vLLM's kernel object has them "
+        "(fp8_linear, scheme.fp8_linear or kernel), and its product where that is faster",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/model_executor/kernels/linear/__init__.py",
+        remove_when="vLLM lets plugins register a fused FFN",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel:Fp8BlockScaledMMLinearKernel",
+        why="as above, with a scale for each block: apply_block_scaled_mm, quant_fp8, use_triton",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.layers.quantization.input_quant_fp8:QuantFP8",
+        why="quantizes the inputs of our FFN kernels (quant_fp8 of those objects), fused with the norm as for vLLM's",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.layers.linear:UnquantizedLinearMethod",
+        why="its exact type says that a weight is plain",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.layers.activation:SiluAndMul.forward_cuda",
+        why="the activation's own kernel inside our operators, where vLLM would run plain torch operations because it "
+        "counts on the compiler; with a scale torch.ops._C.silu_and_mul_quant of the CUDA build",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/model_executor/layers/activation.py",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
+        why="it frees a plain weight after packing it on CPU unless the layer has _cpu_skip_gemm_dispatch; our kernels "
+        "under Triton's interpreter read the weight",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/model_executor/layers/utils.py",
+        remove_when="a layer can ask for its plain weight",
+    ),
+    LedgerEntry(
+        target="vllm.utils.torch_utils:_encode_layer_name",
+        why="a layer's name as an operator's argument that does not make the compiler compile each layer anew",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/utils/torch_utils.py (LayerName)",
+        remove_when="the functions lose their underscore",
+    ),
+    LedgerEntry(
+        target="vllm.utils.torch_utils:_resolve_layer_name",
+        why="as above, back inside the operator",
+        upstream="as above",
+        remove_when="as above",
     ),
 )

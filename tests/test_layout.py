@@ -93,7 +93,7 @@ def test_package_data_covers_every_file_that_is_not_python() -> None:
         for pattern in patterns
         for path in folders[package].glob(pattern)
     }
-    shipped = ("model_configs", "serving")
+    shipped = ("model_configs", "serving", "kernels")
     files = {path for folder in shipped for path in (ROOT / folder).rglob("*") if path.is_file()}
     assert {path for path in files if path.suffix not in (".py", ".pyc")} == covered
 

@@ -62,10 +62,10 @@ class ModelProfile:
     that it was trained on, a thought closed at once, or short hidden reasoning. levels: effort → the template
     variables that ask for it. opened_by: who writes `start` when thinking is on. start, end: texts around a thought;
     closing: what is forced in the end's place where that is another text; phrase: said before a forced end.
-    tool_start: opens a tool call. history: template variable → its value when earlier thoughts stay in the prompt.
-    budget_argument: the template variable that tells the model its budget. sampling_on, sampling_off: published
-    advice. min_budget: the smallest budget that it answers well after. is_harmony: vLLM renders its prompts without
-    the template.
+    tool_start: opens a tool call. headers: what stands before an answer and is none of it. history: template variable →
+    its value when earlier thoughts stay in the prompt. budget_argument: the template variable that tells the model its
+    budget. sampling_on, sampling_off: published advice. min_budget: the smallest budget that it answers well after.
+    is_harmony: vLLM renders its prompts without the template.
     """
 
     name: str
@@ -84,6 +84,7 @@ class ModelProfile:
     closing: str = ""
     phrase: str = ""
     tool_start: str = ""
+    headers: tuple[str, ...] = ()
     history: Mapping[str, bool] = field(default_factory=dict)
     budget_argument: str | None = None
     sampling_on: Mapping[str, float] = field(default_factory=dict)
@@ -179,8 +180,9 @@ def _check(profile: ModelProfile) -> None:
             raise refuse(where, entry.name, value, "true, false")
         if kind.startswith("Mapping") and not _is_mapping(value):
             raise refuse(where, entry.name, value, "key: value lines")
-    if not _is_texts(profile.arguments):
-        raise refuse(where, "arguments", profile.arguments, "a list of texts")
+    for key in ("arguments", "headers"):
+        if not _is_texts(getattr(profile, key)):
+            raise refuse(where, key, getattr(profile, key), "a list of texts")
     if type(profile.min_budget) is not int or profile.min_budget < 0:
         raise refuse(where, "min_budget", profile.min_budget, "an integer of at least 0")
     if profile.budget_argument is not None and not isinstance(profile.budget_argument, str):

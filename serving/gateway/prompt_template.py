@@ -10,6 +10,7 @@ from typing import Any
 from vllm_puzzle.model_configs.schema import ConfigError
 from vllm_puzzle.serving.dial.template import Template
 from vllm_puzzle.serving.gateway.errors import GatewayError
+from vllm_puzzle.serving.tokenizer_folder import load_tokenizer
 
 # What only we say to the tokenizer.
 OWN_NAMES = {"messages", "conversation", "chat_template", "tokenize", "add_generation_prompt", "tools", "documents"}
@@ -21,18 +22,7 @@ class PromptTemplate:
     def __init__(self, folder: str) -> None:
         if not Path(folder).is_dir():
             raise ConfigError(f"`--tokenizer`: found {folder!r}, allowed: a folder with tokenizer files")
-        from transformers import AutoTokenizer, logging  # seconds of imports
-
-        # What transformers says about the configuration's class matters to no tokenizer.
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            what = " ".join(str(error).split())[:200]
-            raise ConfigError(f"`--tokenizer`: found no tokenizer in {folder!r} ({what})") from error
-        finally:
-            logging.set_verbosity(verbosity)
+        self._tokenizer = load_tokenizer(Path(folder), "`--tokenizer`")
         text = self._tokenizer.chat_template
         if not isinstance(text, str):
             raise ConfigError(f"`--tokenizer`: found {folder!r} without a chat template, allowed: with one")

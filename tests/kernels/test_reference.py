@@ -81,3 +81,32 @@ def test_rope_keeps_lengths_and_depends_on_distance_only() -> None:
         for a, b in ((3, 1), (11, 9))
     ]
     torch.testing.assert_close(score[0], score[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 40])
+@pytest.mark.parametrize("num_sink_tokens", [0, 3, 30])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_paged_attention_is_attention_with_the_keys_elsewhere(
+    window: int | None, num_sink_tokens: int, has_sinks: bool
+) -> None:
+    lengths, chunks, heads, kv_heads, dim, page = (37, 20), (5, 20), 6, 2, 24, 8
+    sinks = torch.randn(heads) if has_sinks else None
+    table = torch.randperm(11)[:10].view(2, 5).int()
+    k_cache, v_cache = torch.full((11, kv_heads, page, dim), float("nan")), torch.full((11, kv_heads, page, dim), 0.5)
+    k_scale, v_scale = torch.tensor([0.5, 2.0]), torch.tensor([3.0])
+    queries, wanted = [], []
+    for sequence, (length, chunk) in enumerate(zip(lengths, chunks, strict=True)):
+        q, k, v = (torch.randn(length, number, dim) for number in (heads, kv_heads, kv_heads))
+        keys = torch.arange(length)
+        k_cache[table[sequence, keys // page], :, keys % page] = k / k_scale[:, None]
+        v_cache[table[sequence, keys // page], :, keys % page] = v / v_scale
+        queries.append(q[-chunk:])
+        wanted.append(ops.attention(q, k, v, window, sinks, num_sink_tokens)[-chunk:])
+    found = ops.paged_attention(
+        torch.cat((*queries, torch.randn(2, heads, dim))), k_cache, v_cache,
+        block_table=torch.cat((table, torch.zeros(1, 5, dtype=torch.int32))),
+        seq_lens=torch.tensor([*lengths, 0]), query_start_loc=torch.tensor([0, 5, 25, 25]), softmax_scale=dim**-0.5,
+        sliding_window=window, k_scale=k_scale, v_scale=v_scale, sinks=sinks, num_sink_tokens=num_sink_tokens,
+    )  # fmt: skip
+    torch.testing.assert_close(found[:25], torch.cat(wanted), rtol=TOLERANCE, atol=TOLERANCE)
+    assert (found[25:] == 0).all()

@@ -169,6 +169,53 @@ def test_another_spelling_of_the_start_opens_a_thought_too() -> None:
         assert ThinkingMachine.after_prompt(markers, ThinkingLimits(), [9, 2, *start]).mode == thinking.THINKING
 
 
+def test_a_header_is_no_answer_and_forces_nothing() -> None:
+    """Harmony's: what opens a thought (5 6 8) and an answer (5 7 8) begins alike, and the model picks."""
+    plain = ThinkingMarkers((5, 6, 8), ((2,),), (2, 3, 4))
+    headed = ThinkingMarkers((5, 6, 8), ((2,),), (2, 3, 4), headers=((3, 4), (5, 7, 8), (8,)))
+    for tokens, num_answer in (
+        ([5, 6, 8, 90, 91, 2, 3, 4, 5, 7, 8, 92, 93], 2),  # thought, header, header, answer
+        ([5, 6, 8, 90, 91, 92, 2, 3, 4, 8, 93], 1),  # the end is forced, and the model goes on with its last part
+        ([5, 7, 8, 90], 1),
+        ([5, 7, 90, 8, 91], 4),  # no header that is known: its last part alone
+    ):
+        machines = [ThinkingMachine.after_prompt(each, ThinkingLimits(3), [9]) for each in (plain, headed)]
+        for token in tokens:
+            for machine in machines:
+                machine.feed_one(token)
+            states = [(machine.mode, machine.forced, machine.num_thinking, machine.reason) for machine in machines]
+            assert states[0] == states[1]
+        machine = machines[1]
+        assert machine.num_answer == num_answer
+        assert machine.num_thinking + machine.num_answer + machine.num_markers == machine.num_tokens
+
+
+def test_what_may_become_a_marker_or_a_header_is_no_answer_yet() -> None:
+    markers = ThinkingMarkers((5, 6, 8), ((2,),), (2, 3, 4), headers=((3, 4), (5, 7, 8)))
+    machine, found = ThinkingMachine(markers), []
+    for token in (5, 6, 8, 90, 2, 3, 4, 5, 7, 8, 91):
+        machine.feed_one(token)
+        found.append(machine.has_answer)
+    assert found == [False] * 10 + [True]
+    machine = ThinkingMachine(markers)
+    machine.feed([5, 7])
+    assert not machine.has_answer
+    machine.feed_one(90)
+    assert machine.has_answer, "it became none"
+
+
+def test_a_forced_end_that_is_cut_is_known_apart_from_the_thought() -> None:
+    machine = ThinkingMachine(ThinkingMarkers((1,), ((2,),), (2, 3, 4), (70,)), ThinkingLimits(4))
+    machine.feed([1, 90, 91, 92])
+    assert (machine.num_closing, machine.reason_so_far, machine.forced) == (0, "budget", 70)
+    for num_closing, token in enumerate((70, 2, 3)):
+        machine.feed_one(token)
+        assert (machine.num_thinking - machine.num_closing, machine.num_closing) == (4, num_closing)
+    assert machine.reason is None
+    machine.feed_one(4)
+    assert (machine.num_thinking, machine.num_closing, machine.reason) == (4, 0, "budget")
+
+
 def test_drafts_are_judged_as_if_they_came_one_by_one() -> None:
     random.seed(5)
     markers = ThinkingMarkers((1,), ((2, 3),), (2, 3), (4, 5), frozenset({6}), ((7,),))
@@ -198,7 +245,9 @@ def test_tokens_are_either_thought_marker_or_answer_and_the_budget_holds() -> No
 
 
 @pytest.mark.parametrize(
-    "broken", [{"start": ()}, {"ends": ()}, {"ends": ((),)}, {"closing": ()}], ids=lambda broken: str(broken)
+    "broken",
+    [{"start": ()}, {"ends": ()}, {"ends": ((),)}, {"closing": ()}, {"headers": ((),)}],
+    ids=lambda broken: str(broken),
 )
 def test_markers_without_tokens_are_refused(broken: dict[str, tuple[int, ...]]) -> None:
     with pytest.raises(ValueError, match=next(iter(broken))):

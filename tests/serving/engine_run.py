@@ -34,6 +34,7 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
     adapter = LoRARequest("adapter", 1, job["adapter"]) if "adapter" in job else None
     # Reported on request only: a worker in another process would have to be sent the function.
     layers = engine.apply_model(describe_layers)[0] if job.get("describe_layers") else None
+    outputs_of_layers = layer_outputs(engine, job["rounds"][0][-1]) if job.get("layer_outputs") else None
     results = []
     for prompts in job["rounds"]:
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
@@ -43,7 +44,30 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
             table = torch.stack([torch.tensor([step[k].logprob for k in range(len(step))]) for step in steps])
             results.append({"ids": ids, "logprobs": table, "num_cached": output.num_cached_tokens})
             results[-1] |= {} if layers is None else {"layers": layers}
+            results[-1] |= {} if outputs_of_layers is None else {"layer_outputs": outputs_of_layers}
     return results
+
+
+def layer_outputs(engine: Any, prompt: list[int]) -> dict[int, torch.Tensor]:
+    """The residual stream after each layer that computes anything, [num_tokens, hidden_size], for one prompt alone."""
+    from vllm import SamplingParams
+
+    kept: dict[int, torch.Tensor] = {}
+
+    def watch(model: torch.nn.Module) -> list[Any]:
+        def keep(index: int, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+            kept.setdefault(index, (output[0] + output[1])[: len(prompt)].clone())
+
+        return [
+            layer.register_forward_hook(lambda module, inputs, output, index=index: keep(index, output))
+            for index, layer in enumerate(model.model.layers)  # type: ignore[arg-type, union-attr]
+        ]
+
+    (hooks,) = engine.apply_model(watch)
+    engine.generate([{"prompt_token_ids": prompt}], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
+    for hook in hooks:
+        hook.remove()
+    return kept
 
 
 def describe_layers(model: torch.nn.Module) -> dict[str, Any]:
@@ -69,7 +93,8 @@ def poison_parameters() -> None:
     def load_over_poison(self: Any, weights: Any) -> Any:
         # vLLM fills a KV cache's scales itself where a checkpoint has none.
         needed = {name: p for name, p in self.named_parameters() if ".self_attn.attn." not in name}
-        floating = {name: p for name, p in needed.items() if p.is_floating_point()}
+        # Those that vLLM quantizes as they come have no memory yet.
+        floating = {name: p for name, p in needed.items() if p.is_floating_point() and not p.is_meta}
         for parameter in floating.values():
             parameter.data.fill_(float("nan"))
         loaded = load(self, weights)

@@ -105,6 +105,32 @@ def _wide_blocks() -> list[dict[str, Any]]:
     return [parallel, experts, deci_block(4, 40, window=24), parallel]
 
 
+def _parallel(*blocks: dict[str, Any]) -> dict[str, Any]:
+    return {"attention": None, "ffn": None, "parallel_blocks": list(blocks)}
+
+
+# Parallel blocks that are one wide FFN, with and without an empty one among them, beside some that are not.
+PARALLEL_FFNS = [
+    deci_block(2, 48),
+    _parallel(deci_block(None, 33), deci_block(None, None), deci_block(None, 17)),
+    _parallel(deci_block(1, 32), deci_block(None, 96)),
+    _parallel(deci_block(None, 47), deci_block(None, 51), deci_block(None, 64)),
+]
+
+
+# Runs of attention-free layers of odd widths: an empty layer within one, a linear map between two.
+FFN_RUNS = [
+    deci_block(2, 48), deci_block(None, 33), deci_block(None, None), deci_block(None, 17), deci_block(None, 47),
+    deci_block(None, 51), deci_block("linear", 40), deci_block(None, 21), deci_block(None, 95), deci_block(4, None),
+]  # fmt: skip
+FFN_RUNS_TIED = config(
+    "llama",
+    "LlamaForCausalLM",
+    tie_word_embeddings=True,
+    per_layer_config={str(i): {"skip": ["attention"], "intermediate_size": 30 + i} for i in (1, 2, 3)},
+)
+
+
 def _with_second(part: str, **changes: Any) -> dict[str, Any]:
     blocks = [deci_block(2, 48), deci_block(2, 48)]
     blocks[1][part] |= changes

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quantized_checkpoints import QuantizedReference
+from vllm_puzzle.model_configs.ffn_fusion import fuse
 from vllm_puzzle.model_configs.inspect_model import load_record
 from vllm_puzzle.model_configs.tensors import model_tensors
 from vllm_puzzle.serving.cpu_defaults import cpu_settings
@@ -24,8 +26,9 @@ Results = list[dict[str, Any]]
 class Jobs:
     """Engine runs to be done in one process, and their outcomes: results, or the error as text."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, runner: Path = RUNNER) -> None:
         self.folder, self.jobs, self.environment = folder, [], dict(os.environ)  # type: ignore[var-annotated]
+        self.runner = runner
         self.log = ""
 
     def add(self, name: str, model: Path, llm: dict[str, Any] | None = None, **job: Any) -> None:
@@ -43,7 +46,7 @@ class Jobs:
     def run(self) -> dict[str, Any]:
         file = self.folder / "jobs.json"
         file.write_text(json.dumps(self.jobs))
-        command = [sys.executable, "-P", str(RUNNER), str(file)]
+        command = [sys.executable, "-P", str(self.runner), str(file)]
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         self.log = done.stdout + done.stderr
@@ -56,7 +59,8 @@ def bound(reference: ReferenceModel, logits: torch.Tensor) -> float:
     terms (sqrt(n) · 2^-24 relative, errors independent; n is the widest matrix); over the layers they add up at worst
     linearly.
     """
-    terms = max(128, *(shape[-1] for shape in model_tensors(reference.record).values()))
+    fused = fuse(reference.record, reference.plan)
+    terms = max(128, *(shape[-1] for shape in model_tensors(fused).values()))
     return 8 * len(reference.record.layers) * terms**0.5 * 2**-24 * logits.abs().max().item()
 
 
@@ -86,3 +90,37 @@ def assert_as_accurate_in_bfloat16(reference: ReferenceModel, results: Results) 
         theirs.append((result["logprobs"] - truth).flatten())
         plain.append((rounded(ids).float().log_softmax(-1)[-1 - count : -1] - truth).flatten())
     assert torch.cat(theirs).pow(2).mean().sqrt() <= 1.5 * torch.cat(plain).pow(2).mean().sqrt()
+
+
+def errors(model: ReferenceModel, results: Results, other: ReferenceModel | None = None) -> torch.Tensor:
+    """Log-probabilities of `other` (vLLM's, if None) minus those of `model`, all positions in one row."""
+    differences = []
+    for result in results:
+        ids, count = torch.tensor(result["ids"]), len(result["logprobs"])
+        expected = model(ids).float().log_softmax(-1)[-1 - count : -1]
+        found = result["logprobs"] if other is None else other(ids).float().log_softmax(-1)[-1 - count : -1]
+        differences.append((found - expected).flatten())
+    return torch.cat(differences)
+
+
+def rms(values: torch.Tensor) -> float:
+    return values.pow(2).mean().sqrt().item()
+
+
+def without_rounding(model: QuantizedReference) -> ReferenceModel:
+    plain = ReferenceModel(model.record, plan=model.plan)
+    plain.load_tensors(model.named_tensors())
+    return plain
+
+
+@torch.no_grad()
+def assert_equal_up_to_flips(model: QuantizedReference, results: Results) -> None:
+    assert isinstance(results, list), results
+    # A float32 difference e, relative to a row's largest value, flips a rounding with probability e / step; steps are
+    # 2^-7 of the largest in INT8, about 2^-8 for a typical value in FP8. A flip is a whole step, a rounding error
+    # 1/sqrt(12) of one: the two sides differ by sqrt(12 e / 2^-8) of what the rounding changes, here 0.4 of it.
+    # Without the rounding they would differ by all of it.
+    logits = model(torch.tensor(results[-1]["ids"]))
+    relative = bound(model, logits) / logits.abs().max().item()
+    change = rms(errors(model, results, without_rounding(model)))
+    assert rms(errors(model, results)) <= (12 * relative * 2**8) ** 0.5 * change

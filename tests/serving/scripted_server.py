@@ -1,4 +1,4 @@
-"""Serve the scripted model: `scripted_server.py ours|stock MODEL [flags]`.
+"""Serve a scripted model: `scripted_server.py ours|stock MODEL [flags]`.
 
 `ours` is `vllm-puzzle serve`; `stock` is `vllm serve` without any plugin. Both fork the engine process, which saves
 importing vLLM again and hands the model's class on.
@@ -32,9 +32,11 @@ def main(kind: str, argv: list[str]) -> None:
     if kind == "stock":
         os.environ |= {"VLLM_PLUGINS": "none", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH, which CI sets, leaves it out
+    import harmony_model
     import scripted_model
 
     scripted_model.register()
+    harmony_model.register()
     argv = [*argv, *FLAGS]
     if kind == "stock":
         serve_stock(argv)

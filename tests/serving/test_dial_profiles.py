@@ -67,7 +67,8 @@ def test_a_member_has_the_levels_that_its_template_reads() -> None:
     assert profile_of(*FAMILIES["3 Ultra"]).budget_argument == "reasoning_budget"
     assert profile_of(*FAMILIES["3 Super"]).budget_argument is None
     # vLLM renders gpt-oss without its template, so that the template takes nothing away.
-    assert list(profile_of("gpt_oss", "x", dial_models.NO_SWITCH).levels) == ["low", "medium", "high"]
+    for model_type in ("gpt_oss", "gpt_oss_puzzle"):
+        assert list(profile_of(model_type, "x", dial_models.NO_SWITCH).levels) == ["low", "medium", "high"]
 
 
 def test_the_family_profiles_say_what_their_own_templates_do() -> None:
@@ -174,6 +175,7 @@ BAD: list[tuple[dict[str, Any] | str, str]] = [
     ({"start": ""}, "key `start`: found '', allowed: a text"),
     ({"sampling_on": {"temperature": "hot"}}, "key `sampling_on.temperature`: found 'hot', allowed: a number"),
     ({"min_budget": -1}, "key `min_budget`: found -1, allowed: an integer of at least 0"),
+    ({"headers": "x"}, "key `headers`: found 'x', allowed: a list of texts"),
     ({"is_harmony": "yes please"}, "key `is_harmony`: found 'yes please', allowed: true, false"),
     ({"recognise": {"names": ["x"]}}, "key `recognise`: found {'names': ['x']}, allowed: a list"),
     ({"recognise": [{"name": ["x"]}]}, "key `recognise.name`: found ['x'], allowed: a list of texts under one of"),

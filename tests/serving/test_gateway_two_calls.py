@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -264,3 +265,13 @@ def test_without_usage_nothing_is_made_up() -> None:
     # The first call ended at its limit inside the thought: that is the count, whoever tells it.
     assert (info["thinking_tokens"], info["answer_tokens"]) == (9, None)
     assert info["second_prefill"] == {"prompt_tokens": None, "cached_tokens": None}
+
+
+def test_a_folder_that_names_remote_code_needs_none_of_it(tmp_path: Path, root: Path, template: PromptTemplate) -> None:
+    """transformers would ask on the terminal whether to run it."""
+    folder = tmp_path / "model"
+    shutil.copytree(root / "model_configs" / "pocket" / "puzzle", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_decilm.DeciLMConfig"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert PromptTemplate(str(folder)).text == template.text

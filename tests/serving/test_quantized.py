@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import quantized_checkpoints as quantized
 import torch
-from parity import Jobs, bound
+from parity import Jobs, assert_equal_up_to_flips, errors, rms
 from quantized_checkpoints import KINDS, KV_SCALES, QuantizedReference
 from vllm_puzzle.serving.cpu_defaults import has_exact_int8
-from vllm_puzzle.serving.reference_model import ReferenceModel
 
 pytestmark = pytest.mark.slow
 
@@ -43,40 +42,6 @@ def outcomes(folder: Path, references: dict[str, QuantizedReference]) -> dict[st
     compiled = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
     jobs.add("dynamic, compiled", folder / "fp8 dynamic", compiled)
     return jobs.run()
-
-
-def errors(model: ReferenceModel, results: list[dict[str, Any]], other: ReferenceModel | None = None) -> torch.Tensor:
-    """Log-probabilities of `other` (vLLM's, if None) minus those of `model`, all positions in one row."""
-    differences = []
-    for result in results:
-        ids, count = torch.tensor(result["ids"]), len(result["logprobs"])
-        expected = model(ids).float().log_softmax(-1)[-1 - count : -1]
-        found = result["logprobs"] if other is None else other(ids).float().log_softmax(-1)[-1 - count : -1]
-        differences.append((found - expected).flatten())
-    return torch.cat(differences)
-
-
-def rms(values: torch.Tensor) -> float:
-    return values.pow(2).mean().sqrt().item()
-
-
-def without_rounding(model: QuantizedReference) -> ReferenceModel:
-    plain = ReferenceModel(model.record)
-    plain.load_tensors(model.named_tensors())
-    return plain
-
-
-@torch.no_grad()
-def assert_equal_up_to_flips(model: QuantizedReference, results: list[dict[str, Any]]) -> None:
-    assert isinstance(results, list), results
-    # A float32 difference e, relative to a row's largest value, flips a rounding with probability e / step; steps are
-    # 2^-7 of the largest in INT8, about 2^-8 for a typical value in FP8. A flip is a whole step, a rounding error
-    # 1/sqrt(12) of one: the two sides differ by sqrt(12 e / 2^-8) of what the rounding changes, here 0.4 of it.
-    # Without the rounding they would differ by all of it.
-    logits = model(torch.tensor(results[-1]["ids"]))
-    relative = bound(model, logits) / logits.abs().max().item()
-    change = rms(errors(model, results, without_rounding(model)))
-    assert rms(errors(model, results)) <= (12 * relative * 2**8) ** 0.5 * change
 
 
 @pytest.mark.parametrize("name", FLOAT32)

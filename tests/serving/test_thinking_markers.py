@@ -124,5 +124,6 @@ def test_defect_2_2_gpt_oss_has_markers_though_vllms_parser_has_none(bpe: Any) -
     markers = make_markers(bpe, PROFILES["gpt-oss"], None, SimpleNamespace())
     assert markers is not None
     assert bpe.decode(list(markers.start)) == "<|channel|>analysis<|message|>"
-    assert bpe.decode(list(markers.closing)) == "<|end|><|start|>assistant<|channel|>final<|message|>"
+    assert bpe.decode(list(markers.closing)) == "<|end|><|start|>assistant<|channel|>final"
+    assert bpe.decode(list(markers.headers[1])) == "<|channel|>final<|message|>"
     assert bpe.decode(list(markers.ends[0])) == "<|end|>"

@@ -71,6 +71,7 @@ def watched(tokens: list[int], reason: str | None = None, **facts: Any) -> Seque
         ([5, SHUT, 7], "stop", "natural"),
         ([5, SHUT, 7], "length", "natural"),
         ([5, 6, 7, SHUT, 8], "stop", "budget"),
+        ([5, 6, 7], "length", "budget"),  # cut where the end was due
     ],
 )
 def test_why_a_thought_ended(tokens: list[int], reason: str | None, expected: str | None) -> None:
@@ -97,6 +98,27 @@ def test_counts_along_the_way_are_those_of_the_tokens_so_far() -> None:
     sequence = watched([5, 6, SHUT, 7], keeps_counts=True)
     assert [sequence.thinking_tokens_at(n) for n in range(6)] == [0, 1, 2, 2, 2, 2]
     assert watched([5, 6, SHUT]).thinking_tokens_at(1) == 2  # not kept: the latest
+
+
+def test_a_reply_cut_within_a_forced_end_has_thought_no_more_than_its_budget() -> None:
+    long = ThinkingMarkers((OPEN,), ((SHUT,),), (SHUT, 3, 4))
+    watch = RequestWatch(long, ThinkingLimits(2), keeps_counts=True)
+    watch.observe(0, PROMPT, [5, 6, SHUT, 3], "length")
+    sequence = watch.sequences[0]
+    assert (sequence.num_thinking, sequence.num_answer, sequence.end_reason) == (2, 0, "budget")
+    assert [sequence.thinking_tokens_at(n) for n in range(1, 5)] == [1, 2, 2, 2]
+    watch = RequestWatch(long, ThinkingLimits(0))
+    watch.observe(0, PROMPT, [SHUT, 3], "length")
+    assert (watch.sequences[0].first_thinking, watch.sequences[0].num_thinking) == (None, 0)
+
+
+def test_the_first_answer_token_is_no_part_of_a_marker_or_header() -> None:
+    harmony = ThinkingMarkers((5, 6, 8), ((SHUT,),), (SHUT, 3), headers=((3,), (5, 7, 8)))
+    watch, times = RequestWatch(harmony, ThinkingLimits()), []
+    for token in (5, 6, 8, 90, SHUT, 3, 5, 7, 8, 91):
+        watch.observe(0, [9], [token], None)
+        times.append((watch.sequences[0].first_thinking is not None, watch.sequences[0].first_answer is not None))
+    assert times == [(False, False)] * 3 + [(True, False)] * 6 + [(True, True)]
 
 
 def test_each_sequence_finishes_once() -> None:
