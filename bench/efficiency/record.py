@@ -25,8 +25,9 @@ ERROR = "error"  # refused, failed, or broken off
 TIMEOUT = "timeout"  # the client gave up
 OUTCOMES = (CORRECT, WRONG, NO_PARSE, EMPTY, TRUNCATED, LOOP, ERROR, TIMEOUT)
 
-WARM_UP, STEADY, DRAIN = "warm_up", "steady", "drain"
-PHASES = (WARM_UP, STEADY, DRAIN)
+# Warm-up prompts; then what ended before the steady window, within it, and after it.
+WARM_UP, RAMP, STEADY, DRAIN = "warm_up", "ramp", "steady", "drain"
+PHASES = (WARM_UP, RAMP, STEADY, DRAIN)
 
 
 class RecordError(ValueError):
@@ -44,8 +45,8 @@ class RequestRecord:
     call) came first and last; None where none came. done: when the reply ended or broke off. chunks: how many carried
     text. first_thinking_tokens, first_answer_tokens: tokens in the phase's first chunk, None where nobody can tell.
     prompt_tokens, cached_tokens, thinking_tokens, answer_tokens: None where neither the server nor a tokenizer tells;
-    output_tokens: all generated ones, markers included. token_source: `server` or `client`. end_reason: what the server says ended the
-    thought. answer, thought: the texts, where they are kept. level: rung of the task's ladder.
+    output_tokens: all generated ones, markers included. token_source: `server` or `client`. end_reason: what the server
+    says ended the thought. answer, thought: the texts, where they are kept. level: rung of the task's ladder.
     """
 
     arm: str
@@ -138,5 +139,5 @@ def read_records(path: Path) -> Iterator[RequestRecord]:
 
 
 def measured(records: Iterable[RequestRecord]) -> list[RequestRecord]:
-    """All that were issued after the warm-up; accuracy is of these, those of the drain included."""
+    """All that were issued after the warm-up; accuracy is of these, those of ramp and drain included."""
     return [record for record in records if record.phase != WARM_UP]
