@@ -40,6 +40,13 @@ TASKS = {
             "sums, products, comparisons, sorting, weekdays on a ladder of 1 to 12 steps",
             "Apache-2.0",
         ),
+        Task(
+            "repeat",
+            "vllm_puzzle.bench.efficiency.tasks.repeat:numbers",
+            "a number that stands in the question, to try a server",
+            "Apache-2.0",
+            90_000,
+        ),
     )
 }
 
