@@ -42,11 +42,8 @@ class Arm:
     is_continuous: bool = True
 
     def __post_init__(self) -> None:
-        found = [key for key in FORBIDDEN if key in self.fields or key in self.sampling]
-        if found:
-            raise ConfigError(
-                f"arm {self.name}, request fields: found {found[0]!r}, allowed: any but {list(FORBIDDEN)}"
-            )
+        refuse_forbidden(f"arm {self.name}", self.fields)
+        refuse_forbidden(f"arm {self.name}", self.sampling)
         if not self.base_url.startswith(("http://", "https://")):
             raise ConfigError(f"arm {self.name}, base URL: found {self.base_url!r}, allowed: http://… or https://…")
         _positive(f"arm {self.name}", max_tokens=self.max_tokens, timeout_s=self.timeout_s)

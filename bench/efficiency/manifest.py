@@ -13,14 +13,12 @@ from typing import Any
 
 from vllm_puzzle.bench.efficiency.arm import Arm, Load
 from vllm_puzzle.bench.efficiency.question import Ask, Question
+from vllm_puzzle.bench.efficiency.run_folder import COMPLETE, SCHEMA_VERSION
+from vllm_puzzle.bench.efficiency.run_folder import MANIFEST as NAME
 from vllm_puzzle.model_configs.schema import ConfigError
-
-SCHEMA_VERSION = 1
-NAME = "manifest.json"
 
 # How a run ended. Results are kept, whatever it was; nothing but `complete` is to be compared.
 RUNNING = "running"  # or its process was killed
-COMPLETE = "complete"
 INTERRUPTED = "interrupted"  # Ctrl-C, SIGTERM
 SERVER_LOST = "server lost"  # no connection, many times in a row
 REFUSED = "refused"  # HTTP errors such as 429, many times in a row

@@ -209,7 +209,8 @@ class Wire:
             "total_tokens": prompt + output,
         }
         if self.behaviour.is_counted:
-            usage["completion_tokens_details"] = {"reasoning_tokens": self.counts[THINKING]}
+            thinking = 0 if self.behaviour.miscounts else self.counts[THINKING]
+            usage["completion_tokens_details"] = {"reasoning_tokens": thinking}
         if is_final:
             usage["prompt_tokens_details"] = {"cached_tokens": self.script.cached_tokens}
         return usage

@@ -57,10 +57,9 @@ class Behaviour:
     one stops in the middle, for so long. has_role: a chunk with a role and an empty text comes first. pings: a comment
     before every chunk. slots: requests at a time, the others wait. usage: `continuous` where asked for, `end`, or
     `none`. thought_field: what a thought is called, or `inline` between tags. is_counted: whether usage tells the
-    thinking tokens; has_info: whether `reasoning_info` tells them. has_cache: a prompt that was asked before under the
-    same cache salt has no prefill.
-    dies_after: requests after which the server is gone. accept: of speculative decoding, the share of drafts accepted
-    at each position.
+    thinking tokens, and miscounts: as none; has_info: whether `reasoning_info` tells them. has_cache: a prompt that was
+    asked before under the same cache salt has no prefill. dies_after: requests after which the server is gone. accept:
+    of speculative decoding, the share of drafts accepted at each position.
     """
 
     seed: int = 0
@@ -88,6 +87,7 @@ class Behaviour:
     usage: str = "continuous"
     thought_field: str = "reasoning"
     is_counted: bool = True
+    miscounts: bool = False
     has_info: bool = True
     has_cache: bool = False
     dies_after: int | None = None

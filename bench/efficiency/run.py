@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from vllm_puzzle.bench.efficiency.arm import Arm, Load
+from vllm_puzzle.bench.efficiency.arm import Arm, Load, refuse_forbidden
 from vllm_puzzle.bench.efficiency.client import is_up
 from vllm_puzzle.bench.efficiency.facts import Window
 from vllm_puzzle.bench.efficiency.lag import LIMIT_S
@@ -32,6 +32,7 @@ from vllm_puzzle.bench.efficiency.manifest import (
 )
 from vllm_puzzle.bench.efficiency.question import Ask, Question
 from vllm_puzzle.bench.efficiency.record import STEADY, WARM_UP, RequestRecord
+from vllm_puzzle.bench.efficiency.run_folder import REQUESTS
 from vllm_puzzle.bench.efficiency.runner import Edge, Options, Runner
 from vllm_puzzle.bench.efficiency.server_facts import Sample, ServerFacts, read_counters, read_server
 from vllm_puzzle.bench.efficiency.speculation import by_category, difference
@@ -39,7 +40,6 @@ from vllm_puzzle.bench.efficiency.stationarity import stationarity
 from vllm_puzzle.bench.efficiency.summary import Deployment, cache_hits, summary_of, whole_span, write_summary
 from vllm_puzzle.model_configs.schema import ConfigError
 
-REQUESTS = "requests.jsonl"
 AUTO, SALTED, WARM = "auto", "salted", "warm"
 CACHES = (AUTO, SALTED, WARM)
 STATUS_OF = {COMPLETE: 0, INVALID: 4, INTERRUPTED: 130}
@@ -77,6 +77,8 @@ async def run_arm(
     setup: Setup,
 ) -> dict[str, Any]:
     """Run it and return its summary, which is in `folder` too. Raises ConfigError when it cannot begin."""
+    for ask in asks:
+        refuse_forbidden(f"question {ask.question.id} of {ask.question.task}", ask.question.fields)
     _prepare(folder)
     server = await read_server(transport, arm)
     before = await read_counters(transport, arm)

@@ -22,7 +22,8 @@ from vllm_puzzle.bench.efficiency.manifest import COMPLETE, INVALID, NAME, RUNNI
 from vllm_puzzle.bench.efficiency.progress import Progress
 from vllm_puzzle.bench.efficiency.question import Ask, Question, work_list
 from vllm_puzzle.bench.efficiency.record import RequestRecord, read_records
-from vllm_puzzle.bench.efficiency.run import REQUESTS, Setup, run_arm
+from vllm_puzzle.bench.efficiency.run import Setup, run_arm
+from vllm_puzzle.bench.efficiency.run_folder import REQUESTS
 from vllm_puzzle.bench.efficiency.summary import JSON_NAME, summary_of, write_summary
 from vllm_puzzle.model_configs.schema import ConfigError
 

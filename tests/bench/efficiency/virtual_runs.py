@@ -15,7 +15,8 @@ from vllm_puzzle.bench.efficiency.mock import Mock
 from vllm_puzzle.bench.efficiency.mock_behaviour import ANSWER, FINISH, ROLE, SILENT, THINKING, Behaviour, Step
 from vllm_puzzle.bench.efficiency.question import Ask, Question
 from vllm_puzzle.bench.efficiency.record import CORRECT, NO_PARSE, WRONG, RequestRecord, read_records
-from vllm_puzzle.bench.efficiency.run import REQUESTS, Setup, run_arm
+from vllm_puzzle.bench.efficiency.run import Setup, run_arm
+from vllm_puzzle.bench.efficiency.run_folder import REQUESTS
 from vllm_puzzle.bench.efficiency.virtual_time import MockTransport, run_virtual
 
 TICK = 1 / 64
