@@ -151,13 +151,21 @@ def legend(scene: Scene, x: float, y: float, width: float, entries: Sequence[tup
 
 
 def place_labels(
-    labels: Sequence[tuple[float, float, str]], bounds: tuple[float, float, float, float], size: float = 11
+    labels: Sequence[tuple[float, float, str]],
+    bounds: tuple[float, float, float, float],
+    lines: Iterable[tuple[float, float, float, float]] = (),
+    size: float = 11,
 ) -> list[tuple[float, float, str]]:
     """Where names of points can stand without covering points or one another: x, y and anchor of each.
 
-    The first of eight places around the point with the least overlap. bounds: left, top, right, bottom.
+    Of ten places around the point the one with the least overlap. bounds: left, top, right, bottom. lines: that are
+    better not covered, from point to point.
     """
     taken = [(x - 7, y - 7, x + 7, y + 7) for x, y, _ in labels]
+    for x1, y1, x2, y2 in lines:
+        pieces = max(1, int(math.hypot(x2 - x1, y2 - y1) / 4))
+        spots = [(x1 + (x2 - x1) * at / pieces, y1 + (y2 - y1) * at / pieces) for at in range(pieces + 1)]
+        taken += [(x - 1.5, y - 1.5, x + 1.5, y + 1.5) for x, y in spots]
     placed = []
     for x, y, text in labels:
         wide = text_width(text, size)

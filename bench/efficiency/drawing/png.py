@@ -52,7 +52,7 @@ def write_png(scene: Scene, file: File) -> None:
     for shape in scene.shapes:
         if isinstance(shape, Text):
             _write(image, shape, image_module, draw_module, font_module)
-    image.save(file, optimize=True)
+    image.save(file)
 
 
 class _Canvas:
@@ -103,6 +103,9 @@ def _write(image: Any, text: Text, image_module: Any, draw_module: Any, font_mod
     x, y = (text.x + MARGIN) * SCALE, (text.y + MARGIN) * SCALE
     colour = _colour(text.role, 1.0)
     if not text.turn:
+        if text.has_halo:
+            place, page = (x - before, y - height / 2), _colour("page", 1.0)
+            draw_module.Draw(image).text(place, words, font=font, fill=page, stroke_width=4, stroke_fill=page)
         bold = {"stroke_width": 0.6, "stroke_fill": colour} if text.is_bold else {}
         draw_module.Draw(image).text((x - before, y - height / 2), words, font=font, fill=colour, **bold)
         return

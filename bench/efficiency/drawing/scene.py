@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 Point = tuple[float, float]
 START, MIDDLE, END = "start", "middle", "end"
@@ -46,7 +46,7 @@ class Marker:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A line of text; y is its middle. turn: degrees, to the left."""
+    """A line of text; y is its middle. turn: degrees, to the left. has_halo: the page's colour around its letters."""
 
     x: float
     y: float
@@ -56,6 +56,7 @@ class Text:
     anchor: str = START
     is_bold: bool = False
     turn: int = 0
+    has_halo: bool = False
 
 
 Shape = Path | Marker | Text
@@ -102,10 +103,11 @@ class Scene:
         anchor: str = START,
         is_bold: bool = False,
         turn: int = 0,
+        has_halo: bool = False,
     ) -> None:
         """A line of text."""
         if text and math.isfinite(x) and math.isfinite(y):
-            self.shapes.append(Text(x, y, text, size, role, anchor, is_bold, turn))
+            self.shapes.append(Text(x, y, text, size, role, anchor, is_bold, turn, has_halo))
 
 
 def text_width(text: str, size: float) -> float:
@@ -141,7 +143,5 @@ def stacked(scenes: Sequence[Scene], title: str, description: str = "", columns:
 def moved(shape: Shape, dx: float, dy: float) -> Shape:
     """The same shape elsewhere."""
     if isinstance(shape, Path):
-        return Path(tuple((x + dx, y + dy) for x, y in shape.points), shape.stroke, shape.fill, shape.opacity)
-    if isinstance(shape, Marker):
-        return Marker(shape.x + dx, shape.y + dy, shape.shape, shape.role, shape.size, shape.is_filled)
-    return Text(shape.x + dx, shape.y + dy, shape.text, shape.size, shape.role, shape.anchor, shape.is_bold, shape.turn)
+        return replace(shape, points=tuple((x + dx, y + dy) for x, y in shape.points))
+    return replace(shape, x=shape.x + dx, y=shape.y + dy)

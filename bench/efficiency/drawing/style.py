@@ -1,7 +1,8 @@
 """Colours by role for light and dark pages, and how series are told apart: by colour, dash and marker at once.
 
 The hues are those of Okabe and Ito's palette (2008), made for colour-blind readers, their lightness moved until each
-stands out from the page by a contrast of 3 to 1; a test holds both.
+stands out from the page by a contrast of 3 to 1 and any two are apart for every kind of colour blindness; a test
+simulates both.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ LIGHT = {
     "band": "#e6ebf2",
     "s0": "#0072b2",
     "s1": "#d55e00",
-    "s2": "#008763",
+    "s2": "#007a5a",
     "s3": "#b0508f",
-    "s4": "#a87400",
+    "s4": "#6b4a00",
     "s5": "#2f93c8",
     "s6": "#5c6670",
     "warn": "#9a3b00",
@@ -33,12 +34,12 @@ DARK = {
     "grid": "#32383f",
     "axis": "#6f7984",
     "band": "#272d35",
-    "s0": "#4ea8de",
-    "s1": "#f5823b",
+    "s0": "#3f95d0",
+    "s1": "#f07a35",
     "s2": "#2fc79a",
-    "s3": "#dd8fc3",
-    "s4": "#e3b341",
-    "s5": "#8fd0f2",
+    "s3": "#d683bb",
+    "s4": "#f6da74",
+    "s5": "#b5e0fb",
     "s6": "#9aa4af",
     "warn": "#ffb27d",
 }

@@ -19,6 +19,7 @@ def style_sheet() -> str:
             f"@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}",
             *classes,
             "svg text { font-family: inherit; }",
+            ".halo { paint-order: stroke; stroke: var(--page); stroke-width: 3px; stroke-linejoin: round; }",
         ]
     )
 
@@ -71,7 +72,8 @@ def _marker(marker: Marker) -> str:
 def _text(text: Text) -> str:
     turn = f' transform="rotate(-{text.turn} {text.x:.1f} {text.y:.1f})"' if text.turn else ""
     bold = ' font-weight="600"' if text.is_bold else ""
+    halo = " halo" if text.has_halo else ""
     return (
-        f'<text class="f-{text.role}" x="{text.x:.1f}" y="{text.y:.1f}" font-size="{text.size:g}" '
+        f'<text class="f-{text.role}{halo}" x="{text.x:.1f}" y="{text.y:.1f}" font-size="{text.size:g}" '
         f'text-anchor="{text.anchor}" dominant-baseline="central"{bold}{turn}>{escape(clean(text.text))}</text>'
     )
