@@ -31,7 +31,7 @@ svg { display: block; width: 100%; height: auto; overflow: visible; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; margin: .6rem 0 1rem; }
 caption { text-align: left; padding-bottom: .3rem; }
-th, td { padding: .26rem .7rem; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }
+th, td { padding: .26rem .6rem; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 th { font-weight: 600; vertical-align: bottom; }
 th[scope=row], .words, .prose { text-align: left; }
 th[scope=row] { vertical-align: top; } td.words, td.prose { color: var(--muted); }
@@ -138,14 +138,15 @@ def with_bounds(interval: Interval | None, form: Any = percent) -> str:
 
 
 def headline_table(runs: Sequence[ReportRun]) -> str:
-    """One row per run: what it is, accuracy with bounds, cost, the rest."""
+    """One row per run: what it is, accuracy with bounds, cost, and what else is known of any."""
+    known = [one for one in HEADLINES if any(run.metrics.get(one[0]) is not None for run in runs)]
     header = ["arm", "model", "load", "status", "accuracy (95 %)", "device-s per request"]
     rows = []
     for run in runs:
         cost = number(run.cost) + ("" if run.cost is None else f" {run.device}·s")
         cells = [run.arm, run.group, run.load, run.status, with_bounds(run.accuracy), cost]
-        rows.append([*cells, *(number(run.metrics.get(name)) for name, _ in HEADLINES)])
-    return table([*header, *(heading for _, heading in HEADLINES)], rows, dict.fromkeys((1, 2, 3), "words"), apart=2)
+        rows.append([*cells, *(number(run.metrics.get(name)) for name, _ in known)])
+    return table([*header, *(heading for _, heading in known)], rows, dict.fromkeys((1, 2, 3), "words"), apart=2)
 
 
 def value(amount: float | None, unit: str) -> str:

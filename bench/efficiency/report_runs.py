@@ -215,9 +215,12 @@ def _metric_warnings(run: ReportRun) -> list[str]:
     over = metrics.get("budget_over")
     if over:
         found.append(f"budget: exceeded by {over:.1%} of the thoughts")
-    failed = sum(record.outcome in (ERROR, TIMEOUT) for record in run.measured)
+    failed = [record for record in run.measured if record.outcome in (ERROR, TIMEOUT)]
     if failed:
-        found.append(f"{failed} of {len(run.measured)} requests failed; each counts as wrong")
+        (said, _), *_ = Counter(str(record.error or record.outcome) for record in failed).most_common(1)
+        found.append(
+            f"{len(failed)} of {len(run.measured)} requests failed and count as wrong, most often: {said[:200]}"
+        )
     odd = [name for name, value in metrics.items() if isinstance(value, float) and math.isnan(value)]
     if odd:
         found.append(f"no number: {', '.join(odd)}")

@@ -217,7 +217,10 @@ def test_the_timeline_holds_every_second_in_flight_and_every_reply(tmp_path: Pat
 
 def test_what_is_to_be_known_first_stands_on_top(tmp_path: Path) -> None:
     records = [lasting(0, 1, question=str(place), cached_tokens=32) for place in range(20)]
-    records += [made(question="over", budget=16, thinking_tokens=17), made(question="lost", outcome=ERROR, **NOTHING)]
+    records += [
+        made(question="over", budget=16, thinking_tokens=17),
+        made(question="lost", outcome=ERROR, error="HTTP 500", **NOTHING),
+    ]
     records += [made(question="late", outcome=TIMEOUT, **NOTHING), made(question="told", token_source="client")]
     folder = write_run(
         tmp_path / "run",
@@ -241,7 +244,7 @@ def test_what_is_to_be_known_first_stands_on_top(tmp_path: Path) -> None:
         "prefix cache",
         "counted by the client",
         "budget: exceeded by 100",
-        "2 of 24 requests failed",
+        "2 of 24 requests failed and count as wrong, most often: HTTP 500",
     ):
         assert words in said
     assert page.index('class="warnings"') < page.index("<table>")
