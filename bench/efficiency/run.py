@@ -32,6 +32,7 @@ from vllm_puzzle.bench.efficiency.manifest import (
 )
 from vllm_puzzle.bench.efficiency.question import Ask, Question
 from vllm_puzzle.bench.efficiency.record import STEADY, WARM_UP, RequestRecord
+from vllm_puzzle.bench.efficiency.record_file import RecordFile
 from vllm_puzzle.bench.efficiency.run_folder import REQUESTS
 from vllm_puzzle.bench.efficiency.runner import Edge, Options, Runner
 from vllm_puzzle.bench.efficiency.server_facts import Sample, ServerFacts, read_counters, read_server
@@ -98,7 +99,7 @@ async def run_arm(
     )
     write_manifest(folder, manifest)
     begun, used = time.monotonic(), time.process_time()
-    with (folder / REQUESTS).open("x", encoding="utf-8") as file:
+    with RecordFile(folder / REQUESTS) as file:
         runner = Runner(transport, arm, load, asks, warm_up, file, options)
         try:
             with _signals(runner):

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 import httpx
-from vllm_puzzle.bench.efficiency.mock import Dropped, Mock
+from vllm_puzzle.bench.efficiency.mock import Mock
 
 T = TypeVar("T")
 _GRID = 2**32
@@ -86,9 +86,9 @@ class _Stream(httpx.AsyncByteStream):
         try:
             await app(scope, self._receive, self._send)
             self._parts.put_nowait(_END)
-        except Dropped:
+        except Exception as error:  # as a server does: the connection breaks, whatever it was
             if not self._status.done():
-                self._status.set_exception(httpx.RemoteProtocolError("closed without a reply"))
+                self._status.set_exception(httpx.RemoteProtocolError(f"closed without a reply ({error!r})"))
             self._parts.put_nowait((self._loop.time(), b"", False))
 
     async def _receive(self) -> dict[str, Any]:

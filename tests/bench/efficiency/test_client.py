@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from virtual_runs import arm_of, grade, question
 from vllm_puzzle.bench.efficiency.account import count, outcome_of, split_inline, to_record
@@ -50,6 +50,7 @@ def texts(reply: Reply) -> tuple[str, str]:
     return "".join(piece.text for piece in reply.thought), "".join(piece.text for piece in reply.answer)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, len(STREAMED)), max_size=12))
 def test_wherever_the_bytes_are_cut_the_same_is_read(cuts: list[int]) -> None:
     edges = [0, *sorted(cuts), len(STREAMED)]
@@ -119,6 +120,7 @@ def test_tags_in_the_text_part_thought_from_answer(
     assert (found_answer[0].stamp if found_answer else None) == first_answer
 
 
+@settings(deadline=None)
 @given(st.text("ab<>/think", max_size=30), st.integers(1, 4))
 def test_splitting_loses_no_text_but_the_tags(text: str, size: int) -> None:
     parts = [text[start : start + size] for start in range(0, len(text), size)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm_puzzle.bench.efficiency.wire import Chunked, WireTransport
 
@@ -153,6 +153,7 @@ def test_parts_are_stamped_when_they_arrive_even_if_nobody_reads_them() -> None:
     assert len(stamps) == 3 and stamps == sorted(stamps) and max(stamps) < 0.19
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(min_size=1, max_size=40), max_size=8), st.lists(st.integers(0, 400), max_size=10))
 def test_a_chunked_body_is_the_same_however_it_is_cut(parts: list[bytes], cuts: list[int]) -> None:
     data = chunked(*parts)
