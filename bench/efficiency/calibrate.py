@@ -7,6 +7,7 @@ again. `vllm-puzzle serve` takes the file as its policy's `budgets`.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -96,7 +97,9 @@ class Calibration:
         setup: Setup,
         progress: Progress | None = None,
     ) -> None:
-        self.out, self.transport, self.load, self.setup = out, transport, load, setup
+        self.out, self.transport, self.load = out, transport, load
+        # Only answers and lengths count, and those are the same however late the client is.
+        self.setup = replace(setup, lag_limit=math.inf)
         self.questions, self.warm_up = tuple(questions), tuple(warm_up)
         self.progress = progress
         self.records: list[RequestRecord] = []

@@ -27,6 +27,8 @@ from vllm_puzzle.bench.efficiency.record import OUTCOMES
 from vllm_puzzle.bench.efficiency.report_runs import ReportRun
 
 WIDTH = 860.0
+BAR_REACH = 3.0
+SEEN_CHANCE = 0.02  # below, guessing is nothing that a chart need show
 LEFT, RIGHT, TOP, BOTTOM = 70.0, 20.0, 34.0, 52.0
 Bounds = tuple[float, float, float]  # estimate, low, high
 
@@ -79,11 +81,19 @@ def frontier_chart(
     scene.text(0, 8, title, 13, is_bold=True)
     top = TOP + 18 * len(groups)
     legend(scene, LEFT, 34, WIDTH - LEFT, [(name, look(number)) for number, name in enumerate(groups)], False)
-    xs = [value for _, cost, _ in shown for value in cost]
+    costs = [cost[0] for _, cost, _ in shown]
+    # A bound that reaches far beyond all settings would press them into a corner: its bar ends at the frame, open.
+    xs = [min(max(value, min(costs) / BAR_REACH), max(costs) * BAR_REACH) for _, cost, _ in shown for value in cost]
     ys = [value for _, _, accuracy in shown for value in (accuracy.low, accuracy.high)]
+    chances = {run.chance for run, _, _ in shown}
+    chance = chances.pop() if len(chances) == 1 else None
+    ys += [chance] if chance and chance >= SEEN_CHANCE else []
     x = scale(xs, LEFT, WIDTH - RIGHT, is_log=True, pad=0.08)
     y = scale(ys, height - BOTTOM, top, low=max(0.0, min(ys) - 0.04), high=min(1.0, max(ys) + 0.04))
     plot = frame(scene, x, y, f"{x_label} (log scale)", "accuracy", short, percent)
+    if chance and chance >= SEEN_CHANCE:
+        scene.line(x.start, y.at(chance), x.end, y.at(chance), Stroke("muted", 1, (2.0, 3.0)))
+        scene.text(x.end, y.at(chance) - 9, f"guessing, {percent(chance)}", 11, "muted", END)
     for number, group in enumerate(groups):
         mine = [one for one in shown if one[0].group == group]
         if mine:
@@ -108,19 +118,21 @@ def _frontier_of(plot: Frame, number: int, mine: Sequence[tuple[ReportRun, Bound
         for low, high, is_across in ((accuracy.low, accuracy.high, False), (cost[1], cost[2], True)):
             ends = [plot.x.at(v) if is_across else plot.y.at(v) for v in (low, high)]
             if abs(ends[1] - ends[0]) > 1:
-                _whisker(plot.scene, px, py, ends, is_across, bar)
+                _whisker(plot, (px, py), ends, is_across, bar)
         plot.scene.marker(px, py, style.marker, style.role, 5.5, bool(best[place]))
 
 
-def _whisker(scene: Scene, x: float, y: float, ends: Sequence[float], is_across: bool, stroke: Stroke) -> None:
-    if is_across:
-        scene.line(ends[0], y, ends[1], y, stroke)
-        for end in ends:
-            scene.line(end, y - 3, end, y + 3, stroke)
-        return
-    scene.line(x, ends[0], x, ends[1], stroke)
-    for end in ends:
-        scene.line(x - 3, end, x + 3, end, stroke)
+def _whisker(plot: Frame, point: tuple[float, float], ends: Sequence[float], is_across: bool, stroke: Stroke) -> None:
+    """A bar through the point, within the frame; an end that lies beyond it has no cap."""
+    x, y = point
+    axis = plot.x if is_across else plot.y
+    least, most = sorted((axis.start, axis.end))
+    kept = [min(max(end, least), most) for end in ends]
+    bars = [(kept[0], y, kept[1], y)] if is_across else [(x, kept[0], x, kept[1])]
+    for end in (end for end, inside in zip(ends, kept, strict=True) if end == inside):
+        bars.append((end, y - 3, end, y + 3) if is_across else (x - 3, end, x + 3, end))
+    for bar in bars:
+        plot.scene.line(*bar, stroke)
 
 
 def _name_points(plot: Frame, named: Sequence[tuple[float, float, str]]) -> None:

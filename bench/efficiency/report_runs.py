@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 from vllm_puzzle.bench.efficiency.facts import RunFacts
-from vllm_puzzle.bench.efficiency.manifest import read_manifest
+from vllm_puzzle.bench.efficiency.lag import LIMIT_S
+from vllm_puzzle.bench.efficiency.manifest import INVALID, read_manifest
 from vllm_puzzle.bench.efficiency.metrics import from_json, summarise
 from vllm_puzzle.bench.efficiency.metrics_outcome import is_completed
 from vllm_puzzle.bench.efficiency.pairing import CACHE_TOLERANCE
@@ -78,6 +79,15 @@ class ReportRun:
         of_device = self.metrics.get({"GPU": "gpu_s_per_request", "core": "core_s_per_request"}.get(self.device, ""))
         rate = self.metrics.get("request_throughput")
         return 1 / rate if of_device is None and rate else of_device
+
+    @property
+    def chance(self) -> float | None:
+        """What blind guessing gets, over all questions; None where the manifest does not say."""
+        found = self.manifest.get("tasks")
+        tasks = [task for task in found if isinstance(task, dict)] if isinstance(found, list) else []
+        pairs = [(task.get("chance"), task.get("questions", 1)) for task in tasks]
+        known = [(c, n) for c, n in pairs if isinstance(c, int | float) and isinstance(n, int) and n > 0]
+        return sum(c * n for c, n in known) / sum(n for _, n in known) if known and len(known) == len(tasks) else None
 
     @cached_property
     def measured(self) -> list[RequestRecord]:
@@ -182,8 +192,10 @@ def _group(runs: Sequence[ReportRun], homes: Sequence[Path]) -> None:
 
 
 def _warnings(run: ReportRun) -> list[str]:
-    found = [str(reason) for reason in run.summary.get("invalid_because") or ()]
-    if run.status != COMPLETE:
+    found = [str(reason) for reason in run.summary.get("invalid_because") or ()] + _late_blocks(run.summary)
+    if run.status == INVALID:
+        found.append("invalid: its numbers are not to be compared")
+    elif run.status != COMPLETE:
         planned = run.manifest.get("planned")
         kept = f"{len(run.measured)}" + (f" of {planned}" if planned else "")
         found.append(f"{run.status}: {kept} requests are kept; not to be compared")
@@ -198,6 +210,19 @@ def _warnings(run: ReportRun) -> list[str]:
     if run.facts is not None and len(run.facts.windows) < MIN_BLOCKS:
         found.append(f"noise in time is unknown: {len(run.facts.windows)} block(s), {MIN_BLOCKS} tell it")
     return found + _metric_warnings(run)
+
+
+def _late_blocks(summary: Mapping[str, Any]) -> list[str]:
+    """Of pooled blocks, those in which the client was too slow to measure."""
+    lags = []
+    for part in summary.get("by_block") or ():
+        lag = (part.get("client") or {}).get("lag") or {}
+        if isinstance(late := lag.get("p99_s"), int | float) and late > LIMIT_S:
+            lags.append(float(late))
+    if not lags:
+        return []
+    worst, allowed = max(lags) * 1000, LIMIT_S * 1000
+    return [f"client: event loop late by up to {worst:.1f} ms at p99 in {len(lags)} block(s), allowed: {allowed:g} ms"]
 
 
 def _metric_warnings(run: ReportRun) -> list[str]:

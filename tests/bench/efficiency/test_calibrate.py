@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -155,7 +154,7 @@ def measured_with(
     quiet = Progress(1, stream=io.StringIO())
     found = Calibration(
         out, MockTransport(mock), Load("closed", concurrency=8), questions[:count], questions[count:],
-        Setup(lag_limit=math.inf), quiet,
+        Setup(lag_limit=-1.0), quiet,
     )  # fmt: skip
     arm = Arm("unlimited", "http://mock", "model", max_tokens=64)
     return found, arm, run_virtual(found.measure(arm, budgets)), mock

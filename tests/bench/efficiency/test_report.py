@@ -152,7 +152,7 @@ def axis_of(scene: Scene, is_x: bool) -> tuple[float, float]:
     found = sorted(
         (shape.x if is_x else shape.y, float(shape.text.rstrip(" %")))
         for shape in ticks
-        if (shape.anchor == "middle") == is_x
+        if (shape.anchor == "middle") == is_x and re.fullmatch(r"[\d.]+(?: %)?", shape.text)
     )
     (first, low), (last, high) = found[0], found[-1]
     if is_x:
@@ -174,6 +174,32 @@ def test_points_of_the_frontier_lie_at_their_cost_and_accuracy(finished: list[Pa
             assert (y_slope * point.y + y_offset) / 100 == pytest.approx(ARMS[run.arm], abs=0.002)
         # All arms cost the same here: the most accurate beats the others.
         assert [point.is_filled for point in points] == [ARMS[run.arm] == 0.75 for run in mine]
+
+
+def test_a_bound_without_end_leaves_the_settings_apart(finished: list[Path]) -> None:
+    runs = [run for run in read_reports(finished) if run.load == "c4" and run.arm == "on"]
+    reach = {run.group: (run.cost or 0.0, 1e-9, 1e9) for run in runs}
+    scene = charts.frontier_chart(runs, "title", "cost", lambda run: reach[run.group])
+    xs = [positions(scene, look(number).role)[1].x for number in (0, 1)]
+    assert abs(xs[0] - xs[1]) > 150  # of 770 pixels, for costs that differ by two
+    assert all(-1 <= x <= scene.width for shape in scene.shapes for x, _ in getattr(shape, "points", ()))
+
+
+def test_the_chance_level_is_drawn_where_it_is_worth_seeing(finished: list[Path]) -> None:
+    runs = [run for run in read_reports(finished) if run.load == "c4"]
+    for chance, is_drawn in ((0.25, True), (0.01, False)):
+        for run in runs:
+            run.manifest = dict(run.manifest) | {
+                "tasks": [{"chance": 0.5, "questions": 10}, {"chance": 0, "questions": 10}]
+            }
+            run.manifest["tasks"][0]["chance"] = 2 * chance
+        scene = charts.frontier_chart(runs, "title", "cost")
+        labels = [shape for shape in scene.shapes if isinstance(shape, Text) and shape.text.startswith("guessing")]
+        assert len(labels) == is_drawn
+        if is_drawn:
+            slope, offset = axis_of(scene, False)
+            assert labels[0].text == "guessing, 25 %"
+            assert slope * (labels[0].y + 9) + offset == pytest.approx(25, abs=0.2)
 
 
 def test_costs_and_their_bounds_are_those_of_the_blocks(finished: list[Path]) -> None:
@@ -248,6 +274,14 @@ def test_what_is_to_be_known_first_stands_on_top(tmp_path: Path) -> None:
     ):
         assert words in said
     assert page.index('class="warnings"') < page.index("<table>")
+
+
+def test_blocks_with_a_slow_client_are_told(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [made()], RunFacts((Window(0, 8),)), status="invalid")
+    blocks = [{"block": block, "client": {"lag": {"p99_s": late}}} for block, late in enumerate([0.001, 0.009, None])]
+    write_summary(folder, summary_of([made()], RunFacts((Window(0, 8),)), {"by_block": blocks}))
+    said = " ".join(read_report(folder).warnings)
+    assert "late by up to 9.0 ms at p99 in 1 block(s)" in said and "not to be compared" in said
 
 
 def test_a_sound_run_has_no_warning(finished: list[Path]) -> None:
