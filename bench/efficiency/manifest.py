@@ -13,8 +13,7 @@ from typing import Any
 
 from vllm_puzzle.bench.efficiency.arm import Arm, Load
 from vllm_puzzle.bench.efficiency.question import Ask, Question
-from vllm_puzzle.bench.efficiency.run_folder import COMPLETE, SCHEMA_VERSION
-from vllm_puzzle.bench.efficiency.run_folder import MANIFEST as NAME
+from vllm_puzzle.bench.efficiency.run_folder import COMPLETE, MANIFEST, SCHEMA_VERSION
 from vllm_puzzle.model_configs.schema import ConfigError
 
 # How a run ended. Results are kept, whatever it was; nothing but `complete` is to be compared.
@@ -92,7 +91,7 @@ def _digest(text: str) -> str:
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write it whole or not at all; on a full disk, over the last one, which has room. Raises OSError if both fail."""
     text = json.dumps(manifest, indent=1, ensure_ascii=False, default=str) + "\n"
-    path, fresh = folder / NAME, folder / (NAME + ".new")
+    path, fresh = folder / MANIFEST, folder / (MANIFEST + ".new")
     try:
         with fresh.open("w", encoding="utf-8") as file:
             file.write(text + " " * _RESERVE + "\n")
@@ -116,10 +115,10 @@ def _overwrite(path: Path, data: bytes) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a run folder. Raises ConfigError when it is missing or of another schema."""
     try:
-        manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: found no readable {NAME} ({error}), allowed: the folder of a run") from None
+        raise ConfigError(f"{folder}: found no readable {MANIFEST} ({error}), allowed: the folder of a run") from None
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if version != SCHEMA_VERSION:
-        raise ConfigError(f"{folder / NAME}, key `schema_version`: found {version!r}, allowed: {SCHEMA_VERSION}")
+        raise ConfigError(f"{folder / MANIFEST}, key `schema_version`: found {version!r}, allowed: {SCHEMA_VERSION}")
     return dict(manifest)

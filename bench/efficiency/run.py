@@ -21,19 +21,17 @@ from vllm_puzzle.bench.efficiency.client import is_up
 from vllm_puzzle.bench.efficiency.facts import Window
 from vllm_puzzle.bench.efficiency.lag import LIMIT_S
 from vllm_puzzle.bench.efficiency.manifest import (
-    COMPLETE,
     DISK_FULL,
     FAILED,
     INTERRUPTED,
     INVALID,
-    NAME,
     new_manifest,
     write_manifest,
 )
 from vllm_puzzle.bench.efficiency.question import Ask, Question
 from vllm_puzzle.bench.efficiency.record import STEADY, WARM_UP, RequestRecord
 from vllm_puzzle.bench.efficiency.record_file import RecordFile
-from vllm_puzzle.bench.efficiency.run_folder import REQUESTS
+from vllm_puzzle.bench.efficiency.run_folder import COMPLETE, MANIFEST, REQUESTS
 from vllm_puzzle.bench.efficiency.runner import Edge, Options, Runner
 from vllm_puzzle.bench.efficiency.server_facts import Sample, ServerFacts, read_counters, read_server
 from vllm_puzzle.bench.efficiency.speculation import by_category, difference
@@ -187,7 +185,7 @@ async def wait_until_up(transport: httpx.AsyncBaseTransport, arm: Arm, timeout_s
 
 def _prepare(folder: Path) -> None:
     """Raises ConfigError for a folder that holds a run already."""
-    if (folder / NAME).exists() or (folder / REQUESTS).exists():
+    if (folder / MANIFEST).exists() or (folder / REQUESTS).exists():
         raise ConfigError(f"{folder}: found a run, allowed: a folder without one")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -20,10 +20,11 @@ from vllm_puzzle.bench.efficiency.client import CONNECTION, HTTP, Reply, ask
 from vllm_puzzle.bench.efficiency.energy import Meter
 from vllm_puzzle.bench.efficiency.lag import LagMonitor
 from vllm_puzzle.bench.efficiency.load import arrivals, closed_loop, open_loop
-from vllm_puzzle.bench.efficiency.manifest import COMPLETE, DISK_FULL, REFUSED, RUNNING, SERVER_LOST
+from vllm_puzzle.bench.efficiency.manifest import DISK_FULL, REFUSED, RUNNING, SERVER_LOST
 from vllm_puzzle.bench.efficiency.question import Ask, Question
 from vllm_puzzle.bench.efficiency.record import DRAIN, RAMP, STEADY, WARM_UP, RequestRecord
 from vllm_puzzle.bench.efficiency.record_file import RecordFile
+from vllm_puzzle.bench.efficiency.run_folder import COMPLETE
 
 # Failures in a row after which a server is given up; twice what is in flight, if that is more. That nobody listens
 # at its address is plain sooner.
@@ -100,7 +101,6 @@ class Runner:
         warm = [Ask(question, 0, index - len(self.warm_up)) for index, question in enumerate(self.warm_up)]
         items = [*warm, *self.asks]
         # What is there now stays out of the collector's way: going through all of it takes 10 ms.
-        gc.collect()
         gc.freeze()
         self.origin = self._clock()
         if not self._warm_left:

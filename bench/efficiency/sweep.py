@@ -18,12 +18,12 @@ from typing import Any
 import httpx
 from vllm_puzzle.bench.efficiency.arm import Arm, Load
 from vllm_puzzle.bench.efficiency.facts import Window
-from vllm_puzzle.bench.efficiency.manifest import COMPLETE, INVALID, NAME, RUNNING, read_manifest, write_manifest
+from vllm_puzzle.bench.efficiency.manifest import INVALID, RUNNING, read_manifest, write_manifest
 from vllm_puzzle.bench.efficiency.progress import Progress
 from vllm_puzzle.bench.efficiency.question import Ask, Question, work_list
 from vllm_puzzle.bench.efficiency.record import RequestRecord, read_records
 from vllm_puzzle.bench.efficiency.run import Setup, run_arm
-from vllm_puzzle.bench.efficiency.run_folder import REQUESTS
+from vllm_puzzle.bench.efficiency.run_folder import COMPLETE, MANIFEST, REQUESTS
 from vllm_puzzle.bench.efficiency.summary import JSON_NAME, summary_of, write_summary
 from vllm_puzzle.model_configs.schema import ConfigError
 
@@ -195,7 +195,7 @@ def _common(manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _found(folder: Path) -> str | None:
     """Status of a block's run; None where there is none to be read."""
-    if not (folder / NAME).exists():
+    if not (folder / MANIFEST).exists():
         return None
     try:
         return str(read_manifest(folder)["status"])

@@ -124,20 +124,14 @@ def test_a_sweep_lists_arms_and_loads_in_flags_or_in_a_file(tmp_path: Path) -> N
     flags = ["--out", "o", "--thinkings", "off,on", "--efforts", "low", "--budgets", "0, 32", "--concurrencies", "2,4",
              "--request-rates", "1.5"]  # fmt: skip
     options = parser.parse_args(flags)
-    assert listed_arms(options) == [
-        {"thinking": "off"},
-        {"thinking": "on"},
-        {"effort": "low"},
-        {"budget": 0},
-        {"budget": 32},
-    ]
-    assert listed_loads(options) == [
-        {"max_concurrency": 2, "request_rate": None}, {"max_concurrency": 4, "request_rate": None}, {"request_rate": 1.5}
-    ]  # fmt: skip
+    arms = [{"thinking": "off"}, {"thinking": "on"}, {"effort": "low"}, {"budget": 0}, {"budget": 32}]
+    assert listed_arms(options) == arms
+    closed = [{"max_concurrency": limit, "request_rate": None} for limit in (2, 4)]
+    assert listed_loads(options) == [*closed, {"request_rate": 1.5}]
     file = tmp_path / "s.yaml"
     file.write_text(
-        "out: results\ntask: repeat\nseed: 5\ngoodput: ['ttft:5']\nextra_body: {a: 1}\narms: [{thinking: off}, {budget: 4,"
-        " temperature: 0.6}]\nloads: [{request_rate: 2}]\n"
+        "out: results\ntask: repeat\nseed: 5\ngoodput: ['ttft:5']\nextra_body: {a: 1}\n"
+        "arms: [{thinking: off}, {budget: 4, temperature: 0.6}]\nloads: [{request_rate: 2}]\n"
     )
     parser = sweep_parser()
     arms, loads = configured(parser, ["--config", str(file)])
