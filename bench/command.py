@@ -12,6 +12,13 @@ from vllm_puzzle.model_configs.schema import ConfigError
 
 # name → (where its function lies, what it measures); imported when asked for.
 BENCHMARKS = {
+    "run": ("vllm_puzzle.bench.efficiency.command:run", "one setting: accuracy and cost from the same requests"),
+    "sweep": ("vllm_puzzle.bench.efficiency.command:sweep", "settings × loads, interleaved, resumable"),
+    "compare": ("vllm_puzzle.bench.efficiency.compare:compare", "two runs paired by question: a verdict, and an exit status for CI"),
+    "report": ("vllm_puzzle.bench.efficiency.report:report", "one HTML page of runs"),
+    "calibrate": ("vllm_puzzle.bench.efficiency.calibrate:calibrate", "a model's map of effort to thinking budget, as the server reads it"),
+    "tasks": ("vllm_puzzle.bench.efficiency.tasks.command:tasks", "the questions that can be asked, offline"),
+    "mock": ("vllm_puzzle.bench.efficiency.command:mock", "a server of known behaviour, to check the benchmark"),
     "kernels": ("vllm_puzzle.bench.kernel.command:kernels", "our kernels on a GPU, against its limits and others'"),
 }
 

@@ -25,8 +25,9 @@ ERROR = "error"  # refused, failed, or broken off
 TIMEOUT = "timeout"  # the client gave up
 OUTCOMES = (CORRECT, WRONG, NO_PARSE, EMPTY, TRUNCATED, LOOP, ERROR, TIMEOUT)
 
-WARM_UP, STEADY, DRAIN = "warm_up", "steady", "drain"
-PHASES = (WARM_UP, STEADY, DRAIN)
+# Warm-up prompts; then what ended before the steady window, within it, and after it.
+WARM_UP, RAMP, STEADY, DRAIN = "warm_up", "ramp", "steady", "drain"
+PHASES = (WARM_UP, RAMP, STEADY, DRAIN)
 
 
 class RecordError(ValueError):
@@ -42,10 +43,12 @@ class RequestRecord:
     scheduled: when it was to be sent (open loop), None in a closed one. sent: when it was. first, first_thinking,
     first_answer, last_thinking, last_answer, last: when text of any kind, of the thought, of the answer (or of a tool
     call) came first and last; None where none came. done: when the reply ended or broke off. chunks: how many carried
-    text. first_thinking_tokens, first_answer_tokens: tokens in the phase's first chunk, None where nobody can tell.
+    text. first_thinking_tokens, first_answer_tokens: tokens of the phase that did not come after its first chunk and up
+    to its last, so that the others are what the time in between was for; None where nobody can tell.
     prompt_tokens, cached_tokens, thinking_tokens, answer_tokens: None where neither the server nor a tokenizer tells;
-    output_tokens: all generated ones, markers included. token_source: `server` or `client`. end_reason: what the server says ended the
-    thought. answer, thought: the texts, where they are kept. level: rung of the task's ladder.
+    output_tokens: all generated ones, markers included. token_source: `server` or `client`. end_reason: what the server
+    says ended the thought. answer, thought: the texts, where they are kept. level: rung of the task's ladder.
+    span_tokens: of all output, those that came after the first chunk of text and up to the last one.
     """
 
     arm: str
@@ -81,6 +84,7 @@ class RequestRecord:
     answer: str | None = None
     thought: str | None = None
     level: int | None = None
+    span_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for key, value, allowed in (("outcome", self.outcome, OUTCOMES), ("phase", self.phase, PHASES)):
@@ -138,5 +142,5 @@ def read_records(path: Path) -> Iterator[RequestRecord]:
 
 
 def measured(records: Iterable[RequestRecord]) -> list[RequestRecord]:
-    """All that were issued after the warm-up; accuracy is of these, those of the drain included."""
+    """All that were issued after the warm-up; accuracy is of these, those of ramp and drain included."""
     return [record for record in records if record.phase != WARM_UP]
