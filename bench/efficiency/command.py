@@ -185,11 +185,14 @@ def _is_local(arm: Arm) -> bool:
 
 
 def headline(summary: Mapping[str, Any]) -> str:
-    """A run in one line."""
+    """A run in one line, and another for each thing that is wrong with it."""
     metrics = summary["metrics"]
     parts = [f"{summary['arm']} {summary['load']} {summary['status']}, {summary['stationarity']['label']}"]
     for name, form in HEADLINES:
         value = metrics.get(name)
         if value is not None:
             parts.append(form.format(float(value)))
-    return ": ".join([parts[0], ", ".join(parts[1:])])
+    lines = [": ".join([parts[0], ", ".join(parts[1:])])]
+    lines += [f"  {reason}" for reason in summary["invalid_because"]]
+    lines += [f"  {times} times {error}" for error, times in summary["errors"].items()]
+    return "\n".join(lines)

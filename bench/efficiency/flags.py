@@ -14,7 +14,6 @@ from vllm_puzzle.bench.efficiency.arm import (
     CLOSED,
     CONSTANT,
     GAMMA,
-    MAX_TOKENS,
     POISSON,
     RAMPS,
     THINKING,
@@ -83,7 +82,7 @@ def _request_flags(group: argparse._ArgumentGroup) -> None:
     add("--thinking", choices=THINKING, default="auto")
     add("--effort", help="sent as reasoning_effort")
     add("--budget", type=int, help="sent as thinking_token_budget")
-    add("--max-tokens", type=int, default=MAX_TOKENS, help="generous: a truncated reply is a wrong one")
+    add("--max-tokens", type=int, help="(default: the server's limit; a truncated reply is a wrong one)")
     for name in SAMPLING:
         add("--" + name.replace("_", "-"), type=int if name == "top_k" else float)
     add("--extra-body", help="JSON object of request fields")

@@ -139,6 +139,12 @@ async def _run_block(
     options = replace(setup.options, block=block, on_record=show.add)
     mine = replace(setup, seed=plan.seed_of(block), options=options)
     summary = await run_arm(setting.arm, setting.load, plan.asks(block), setting.warm_up, folder, transport, mine)
+    if summary["status"] != COMPLETE:
+        reasons = [
+            *summary["invalid_because"],
+            *(f"{times} times {error}" for error, times in summary["errors"].items()),
+        ]
+        show.note("  ".join([f"{setting.name}, block {block + 1}: {summary['status']}", *reasons]))
     return str(summary["status"])
 
 
