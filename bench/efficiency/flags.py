@@ -57,6 +57,7 @@ def _server_flags(group: argparse._ArgumentGroup) -> None:
     add("--num-gpus", type=int, help="that serve; costs are per GPU-second then")
     add("--num-cores", type=int, help="that serve, where no GPU does")
     add("--gpu-ids", help="of this machine, comma-separated: whose energy is read (default: all)")
+    add("--nice", type=int, help="priority of the client beside a server on this machine, such as -10, if permitted")
     add("--idle-power-w", type=float, help="of all devices together, for energy above idle")
     add("--price-per-device-hour", type=float, help="dollars")
 
