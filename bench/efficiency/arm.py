@@ -16,7 +16,7 @@ THINKING = ("on", "off", "auto")
 # A fixed output length hides the tokens that a shorter thought saves.
 NO_STOP = "ignore_eos"
 FORBIDDEN = (NO_STOP, "min_tokens", "stream", "stream_options", "messages", "model", "n")
-MAX_TOKENS, TIMEOUT_S = 4096, 600.0
+TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +24,10 @@ class Arm:
     """One setting: a server, a model, and what its requests say besides the question.
 
     base_url: as of `vllm bench serve`, with or without `/v1`. fields: request fields of the mode, effort or budget, and
-    any others. sampling: temperature and its like; none are sent that are not named. budget: thinking tokens asked for,
-    to hold the reply to. max_tokens: generous, as a truncated reply is a wrong one. headers: are never written to a
-    file. timeout_s: after which the client gives a request up. is_continuous: asks for the counts with every chunk.
+    any others. sampling: temperature and its like; none are sent that are not named. max_tokens: None leaves it to the
+    server, whose own limit is the most generous. budget: thinking tokens asked for, to hold the reply to. headers: are
+    never written to a file. timeout_s: after which the client gives a request up. is_continuous: asks for the counts
+    with every chunk.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Arm:
     endpoint: str = "/v1/chat/completions"
     fields: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
-    max_tokens: int = MAX_TOKENS
+    max_tokens: int | None = None
     budget: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     timeout_s: float = TIMEOUT_S
@@ -46,7 +47,9 @@ class Arm:
         refuse_forbidden(f"arm {self.name}", self.sampling)
         if not self.base_url.startswith(("http://", "https://")):
             raise ConfigError(f"arm {self.name}, base URL: found {self.base_url!r}, allowed: http://… or https://…")
-        _positive(f"arm {self.name}", max_tokens=self.max_tokens, timeout_s=self.timeout_s)
+        _positive(f"arm {self.name}", timeout_s=self.timeout_s)
+        if self.max_tokens is not None:
+            _positive(f"arm {self.name}", max_tokens=self.max_tokens)
 
     @property
     def root(self) -> str:
@@ -61,7 +64,9 @@ class Arm:
     def body(self, messages: list[dict[str, Any]], fields: Mapping[str, Any]) -> dict[str, Any]:
         """A request's body; `fields` are the question's own. Nested objects of both are merged."""
         options = {"include_usage": True} | ({"continuous_usage_stats": True} if self.is_continuous else {})
-        base = {"model": self.model, "messages": messages, "max_tokens": self.max_tokens}
+        base: dict[str, Any] = {"model": self.model, "messages": messages}
+        if self.max_tokens is not None:
+            base["max_tokens"] = self.max_tokens
         return merged(base, self.sampling, self.fields, fields) | {"stream": True, "stream_options": options}
 
     def described(self) -> dict[str, Any]:

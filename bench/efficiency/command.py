@@ -25,7 +25,7 @@ from vllm_puzzle.bench.efficiency.flags import (
     tokenizer_from,
     words,
 )
-from vllm_puzzle.bench.efficiency.machine import describe_machine, describe_versions
+from vllm_puzzle.bench.efficiency.machine import describe_machine, describe_versions, raise_priority
 from vllm_puzzle.bench.efficiency.progress import Progress
 from vllm_puzzle.bench.efficiency.question import Question, warm_up_list, work_list
 from vllm_puzzle.bench.efficiency.run import Setup, exit_status, run_arm, wait_until_up
@@ -163,6 +163,8 @@ def _setup(options: argparse.Namespace, arm: Arm) -> Setup:
         if ids and deployment.num_gpus is None:
             deployment = replace(deployment, num_gpus=len(ids))
         meter = find_meter(ids)
+        if options.nice is not None:
+            raise_priority(options.nice)
     return Setup(
         seed=options.seed,
         cache=options.prefix_cache,
@@ -185,11 +187,14 @@ def _is_local(arm: Arm) -> bool:
 
 
 def headline(summary: Mapping[str, Any]) -> str:
-    """A run in one line."""
+    """A run in one line, and another for each thing that is wrong with it."""
     metrics = summary["metrics"]
     parts = [f"{summary['arm']} {summary['load']} {summary['status']}, {summary['stationarity']['label']}"]
     for name, form in HEADLINES:
         value = metrics.get(name)
         if value is not None:
             parts.append(form.format(float(value)))
-    return ": ".join([parts[0], ", ".join(parts[1:])])
+    lines = [": ".join([parts[0], ", ".join(parts[1:])])]
+    lines += [f"  {reason}" for reason in summary["invalid_because"]]
+    lines += [f"  {times} times {error}" for error, times in summary["errors"].items()]
+    return "\n".join(lines)

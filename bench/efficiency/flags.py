@@ -14,7 +14,6 @@ from vllm_puzzle.bench.efficiency.arm import (
     CLOSED,
     CONSTANT,
     GAMMA,
-    MAX_TOKENS,
     POISSON,
     RAMPS,
     THINKING,
@@ -58,6 +57,7 @@ def _server_flags(group: argparse._ArgumentGroup) -> None:
     add("--num-gpus", type=int, help="that serve; costs are per GPU-second then")
     add("--num-cores", type=int, help="that serve, where no GPU does")
     add("--gpu-ids", help="of this machine, comma-separated: whose energy is read (default: all)")
+    add("--nice", type=int, help="priority of the client beside a server on this machine, such as -10, if permitted")
     add("--idle-power-w", type=float, help="of all devices together, for energy above idle")
     add("--price-per-device-hour", type=float, help="dollars")
 
@@ -83,7 +83,7 @@ def _request_flags(group: argparse._ArgumentGroup) -> None:
     add("--thinking", choices=THINKING, default="auto")
     add("--effort", help="sent as reasoning_effort")
     add("--budget", type=int, help="sent as thinking_token_budget")
-    add("--max-tokens", type=int, default=MAX_TOKENS, help="generous: a truncated reply is a wrong one")
+    add("--max-tokens", type=int, help="(default: the server's limit; a truncated reply is a wrong one)")
     for name in SAMPLING:
         add("--" + name.replace("_", "-"), type=int if name == "top_k" else float)
     add("--extra-body", help="JSON object of request fields")

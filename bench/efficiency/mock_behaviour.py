@@ -21,6 +21,8 @@ ROLE, EMPTY, COMMENT, SILENT, FINISH, DROP, ERROR = "role", "empty", "comment", 
 KINDS = (THINKING, ANSWER, TOOL, ROLE, EMPTY, COMMENT, SILENT, FINISH, DROP, ERROR)
 THOUGHT_FIELDS = ("reasoning", "reasoning_content", "both", "inline")
 USAGES = ("continuous", "end", "none")
+# What vLLM 0.32 takes for a cache salt.
+MAX_SALT, BAD_IN_SALT = 128, "@/\\\0"
 # Which part of its natural thought an effort takes.
 EFFORTS = {"minimal": 0.25, "low": 0.5, "medium": 0.75, "high": 1.0, "xhigh": 1.0, "max": 1.0}
 
@@ -105,7 +107,12 @@ class Behaviour:
                 raise ConfigError(f"mock, key `{key}`: found {getattr(self, key)!r}, allowed: 1 or more")
 
     def script(self, body: Mapping[str, Any], ordinal: int) -> Script:
-        """The reply to the `ordinal`-th request, counted from 0."""
+        """The reply to the `ordinal`-th request, counted from 0. Raises ValueError for one that vLLM refuses too."""
+        salt = str(body.get("cache_salt", ""))
+        if len(salt) > MAX_SALT or set(salt) & set(BAD_IN_SALT):
+            raise ValueError(
+                f"cache_salt: found {salt!r}, allowed: at most {MAX_SALT} characters, none of {BAD_IN_SALT}"
+            )
         if "mock" in body:
             return scripted(body["mock"])
         text = json.dumps(body.get("messages"), sort_keys=True)

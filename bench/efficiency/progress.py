@@ -77,6 +77,12 @@ class Progress:
             self.stream.write(line + "\n")
         self.stream.flush()
 
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        self.finish()
+        self.stream.write(text + "\n")
+        self.stream.flush()
+
     def finish(self) -> None:
         """The last state, with a line end."""
         self.show()

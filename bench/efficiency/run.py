@@ -9,6 +9,7 @@ import asyncio
 import signal
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,7 @@ AUTO, SALTED, WARM = "auto", "salted", "warm"
 CACHES = (AUTO, SALTED, WARM)
 STATUS_OF = {COMPLETE: 0, INVALID: 4, INTERRUPTED: 130}
 PARTIAL = 3
+MAX_ERRORS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,7 @@ def _finish(
         "issued": runner.sent,
         "ended": runner.ended,
         "abandoned": runner.abandoned,
+        "errors": _errors(runner.records),
         "facts": facts.to_object() if facts is not None else {"windows": []},
         "is_steady": is_steady,
         "energy_source": None if runner.options.meter is None else runner.options.meter.source,
@@ -224,6 +227,12 @@ def _sources(records: Sequence[RequestRecord]) -> dict[str, int]:
     return {name: named.count(name) for name in sorted(set(named))}
 
 
+def _errors(records: Sequence[RequestRecord]) -> dict[str, int]:
+    """How often each error came, the most frequent first."""
+    found = Counter(record.error for record in records if record.error is not None)
+    return {error: times for error, times in found.most_common(MAX_ERRORS) if error is not None}
+
+
 def _server_object(server: ServerFacts) -> dict[str, Any]:
     return {"version": server.version, "model": dict(server.model), "cache_config": dict(server.cache)}
 
@@ -237,7 +246,7 @@ async def _categories(
         if len(group) < per_task and ask.question not in group:
             group.append(ask.question)
     questions = [question for group in chosen.values() for question in group]
-    fields = {} if runner.options.salt is None else {"cache_salt": f"{runner.options.salt}/by-category"}
+    fields = {} if runner.options.salt is None else {"cache_salt": f"{runner.options.salt}-by-category"}
     clock = asyncio.get_running_loop().time
     found = await by_category(transport, arm, questions, load.concurrency or 8, clock, fields)
     return {task: accepted.to_object() for task, accepted in found.items()}

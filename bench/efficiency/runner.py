@@ -136,7 +136,7 @@ class Runner:
     async def _send(self, item: Ask, due: float | None) -> None:
         is_warm = item.order < 0
         salt = self.options.salt
-        fields: Mapping[str, Any] = {} if salt is None else {"cache_salt": f"{salt}/{item.repeat}"}
+        fields: Mapping[str, Any] = {} if salt is None else {"cache_salt": f"{salt}-{item.repeat}"}
         self.sent += 1
         reply = await ask(self.transport, self.arm, item.question, self._clock, fields)
         self.ended += 1

@@ -1,8 +1,8 @@
 """Arms × loads in interleaved blocks, so that a drift of the machine hits all arms alike; goes on after a crash.
 
 Blocks go there and back (A B B A A B …). In every arm a block asks the same questions in the same order with the same
-arrivals. A block's run is a folder of its own and counts when its manifest says complete; what is found otherwise is
-put aside and done again. Afterwards the blocks of each arm and load are pooled into one folder, which is what `compare`
+arrivals. A block's run is a folder of its own and stays when its manifest says complete; what is found otherwise, an
+invalid one too, is put aside and done again. Afterwards the blocks of each arm and load are pooled into one folder, which is what `compare`
 and `report` read.
 """
 
@@ -114,11 +114,11 @@ async def run_sweep(plan: Plan, out: Path, transport: httpx.AsyncBaseTransport, 
             folder = out / setting.name / BLOCKS / str(block)
             show.label = f"block {block + 1}/{plan.blocks} {setting.name}"
             found = _found(folder)
-            if found in _GOES_ON:
+            if found == COMPLETE:
                 show.skip(len(asks))
-            else:
-                _put_aside(folder)
-                found = await _run_block(plan, setting, block, folder, transport, setup, show)
+                continue
+            _put_aside(folder)
+            found = await _run_block(plan, setting, block, folder, transport, setup, show)
             if found not in _GOES_ON:
                 pool_all(plan, out, setup)
                 return found
@@ -139,6 +139,10 @@ async def _run_block(
     options = replace(setup.options, block=block, on_record=show.add)
     mine = replace(setup, seed=plan.seed_of(block), options=options)
     summary = await run_arm(setting.arm, setting.load, plan.asks(block), setting.warm_up, folder, transport, mine)
+    if summary["status"] != COMPLETE:
+        errors = [f"{times} times {error}" for error, times in summary["errors"].items()]
+        found = [f"{setting.name}, block {block + 1}: {summary['status']}", *summary["invalid_because"], *errors]
+        show.note("  ".join(found))
     return str(summary["status"])
 
 

@@ -9,6 +9,7 @@ import pytest
 from vllm_puzzle.bench.efficiency.arm import CLOSED, CONSTANT, GAMMA, POISSON, TRACE, Arm, Load, thinking_fields
 from vllm_puzzle.bench.efficiency.flags import arm_from, load_from, make_parser, tokenizer_from
 from vllm_puzzle.bench.efficiency.mock import behaviour_from
+from vllm_puzzle.bench.efficiency.mock_behaviour import Behaviour
 from vllm_puzzle.bench.efficiency.question import work_list
 from vllm_puzzle.bench.efficiency.record import CORRECT, EMPTY, NO_PARSE, WRONG
 from vllm_puzzle.bench.efficiency.sweep_config import configured, listed_arms, listed_loads
@@ -181,6 +182,13 @@ def test_the_mock_is_set_by_file_and_by_words_and_refuses_others(tmp_path: Path)
     ):
         with pytest.raises(ConfigError, match=message):
             behaviour_from(None, words)
+
+
+def test_the_mock_refuses_what_vllm_refuses() -> None:
+    for salt in ("a/b", "a@b", "a\\b", "a\0b", "a" * 129):
+        with pytest.raises(ValueError, match="cache_salt: found"):
+            Behaviour().script({"cache_salt": salt}, 0)
+    assert Behaviour().script({"cache_salt": "a-0"}, 0).status == 200
 
 
 def test_a_tokenizer_counts_without_special_tokens() -> None:

@@ -151,15 +151,18 @@ def test_a_sweep_goes_on_after_a_crash_as_if_nothing_had_been(tmp_path: Path, wh
     assert (again, mock.requests) == ("complete", [])
 
 
-def test_a_block_whose_process_was_killed_is_done_again(tmp_path: Path) -> None:
+def test_blocks_that_were_killed_lost_or_found_invalid_are_done_again(tmp_path: Path) -> None:
     swept(plan_of(), tmp_path)
     folder = tmp_path / "low@c2" / "blocks" / "2"
     write_manifest(folder, read_manifest(folder) | {"status": "running"})
     (tmp_path / "off@c2" / "blocks" / "1" / "manifest.json").write_text("{")
     shutil.rmtree(tmp_path / "budget-8@c2" / "blocks" / "0")
+    late = tmp_path / "off@c2" / "blocks" / "2"
+    write_manifest(late, read_manifest(late) | {"status": "invalid"})
     status, mock, _ = swept(plan_of(), tmp_path)
     assert status == "complete"
-    assert sorted(runs_in_order(mock)) == ["budget-8", "low", "off"]
+    assert sorted(runs_in_order(mock)) == ["budget-8", "low", "off", "off"]
+    assert read_run(tmp_path / "off@c2").status == "complete"
 
 
 def test_a_folder_of_another_sweep_is_refused(tmp_path: Path) -> None:
