@@ -11,14 +11,15 @@ from importlib import import_module
 from vllm_puzzle.model_configs.schema import ConfigError
 
 # name → (where its function lies, what it measures); imported when asked for.
+EFFICIENCY = "vllm_puzzle.bench.efficiency"
 BENCHMARKS = {
-    "run": ("vllm_puzzle.bench.efficiency.command:run", "one setting: accuracy and cost from the same requests"),
-    "sweep": ("vllm_puzzle.bench.efficiency.command:sweep", "settings × loads, interleaved, resumable"),
-    "compare": ("vllm_puzzle.bench.efficiency.compare:compare", "two runs paired by question: a verdict, and an exit status for CI"),
-    "report": ("vllm_puzzle.bench.efficiency.report:report", "one HTML page of runs"),
-    "calibrate": ("vllm_puzzle.bench.efficiency.calibrate:calibrate", "a model's map of effort to thinking budget, as the server reads it"),
-    "tasks": ("vllm_puzzle.bench.efficiency.tasks.command:tasks", "the questions that can be asked, offline"),
-    "mock": ("vllm_puzzle.bench.efficiency.command:mock", "a server of known behaviour, to check the benchmark"),
+    "run": (f"{EFFICIENCY}.command:run", "one setting: accuracy and cost from the same requests"),
+    "sweep": (f"{EFFICIENCY}.command:sweep", "several settings under several loads, interleaved, resumable"),
+    "compare": (f"{EFFICIENCY}.compare:compare", "two runs, paired by question: a verdict and an exit status for CI"),
+    "report": (f"{EFFICIENCY}.report:report", "one HTML page of runs"),
+    "calibrate": (f"{EFFICIENCY}.calibrate:calibrate", "a model's map of effort to thinking budget, for the server"),
+    "tasks": (f"{EFFICIENCY}.tasks.command:tasks", "the questions that can be asked, offline"),
+    "mock": (f"{EFFICIENCY}.mock:mock", "a server of known behaviour, to check the benchmark with"),
     "kernels": ("vllm_puzzle.bench.kernel.command:kernels", "our kernels on a GPU, against its limits and others'"),
 }
 

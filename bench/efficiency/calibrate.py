@@ -30,7 +30,7 @@ from vllm_puzzle.bench.efficiency.calibration import (
     read_rules,
     rung_of,
 )
-from vllm_puzzle.bench.efficiency.command import _arm, _questions, _setup, _with_transport
+from vllm_puzzle.bench.efficiency.command import arm_of, questions_of, setup_of, with_transport
 from vllm_puzzle.bench.efficiency.flags import load_from, make_parser
 from vllm_puzzle.bench.efficiency.metrics_request import thinking_tokens
 from vllm_puzzle.bench.efficiency.progress import Progress
@@ -70,18 +70,18 @@ def calibrate(argv: Sequence[str]) -> int:
     file: Path = options.map or options.out / MAP_NAME
 
     async def body(transport: httpx.AsyncBaseTransport) -> str:
-        arm = replace(await _arm(transport, options), name="unlimited")
+        arm = replace(await arm_of(transport, options), name="unlimited")
         await wait_until_up(transport, arm, options.ready_check_timeout_sec)
-        questions, warm_up = _questions(options, load)
+        questions, warm_up = questions_of(options, load)
         found = Calibration(
-            options.out, transport, load, questions[: options.num_prompts], warm_up, _setup(options, arm)
+            options.out, transport, load, questions[: options.num_prompts], warm_up, setup_of(options, arm)
         )
         status = await found.measure(arm, budgets, options.seed)
         if status == COMPLETE:
             finish(found, arm, rules, options, file)
         return status
 
-    return _with_transport(options, body)
+    return with_transport(options, body)
 
 
 class Calibration:

@@ -55,19 +55,19 @@ def run(argv: Sequence[str]) -> int:
     load = load_from(options)
 
     async def body(transport: httpx.AsyncBaseTransport) -> str:
-        arm = await _arm(transport, options)
+        arm = await arm_of(transport, options)
         await wait_until_up(transport, arm, options.ready_check_timeout_sec)
-        questions, warm_up = _questions(options, load)
+        questions, warm_up = questions_of(options, load)
         asks = work_list(questions, options.num_prompts, options.seed)
         show = Progress(len(asks), arm.name)
-        setup = _setup(options, arm)
+        setup = setup_of(options, arm)
         setup = replace(setup, options=replace(setup.options, on_record=show.add))
         summary = await run_arm(arm, load, asks, warm_up, options.out, transport, setup)
         show.finish()
         print(headline(summary))
         return str(summary["status"])
 
-    return _with_transport(options, body)
+    return with_transport(options, body)
 
 
 def sweep(argv: Sequence[str]) -> int:
@@ -90,28 +90,30 @@ def sweep(argv: Sequence[str]) -> int:
     loads = loads or listed_loads(options)
 
     async def body(transport: httpx.AsyncBaseTransport) -> str:
-        made = [await _arm(transport, options, arm) for arm in arms]
+        made = [await arm_of(transport, options, arm) for arm in arms]
         for arm in {arm.root: arm for arm in made}.values():
             await wait_until_up(transport, arm, options.ready_check_timeout_sec)
         plan = _plan(options, made, [load_from(argparse.Namespace(**{**vars(options), **load})) for load in loads])
         show = Progress(plan.blocks * len(plan.settings) * len(plan.asks(0)))
-        status = await run_sweep(plan, options.out, transport, _setup(options, made[0]), show)
+        status = await run_sweep(plan, options.out, transport, setup_of(options, made[0]), show)
         show.finish()
         return status
 
-    return _with_transport(options, body)
+    return with_transport(options, body)
 
 
 def _plan(options: argparse.Namespace, arms: Sequence[Arm], loads: Sequence[Load]) -> Plan:
     settings = []
     questions: tuple[Question, ...] = ()
     for load in loads:
-        questions, warm_up = _questions(options, load)
+        questions, warm_up = questions_of(options, load)
         settings += [Setting(arm, load, warm_up) for arm in arms]
     return Plan(tuple(settings), questions, options.num_prompts, options.seed, options.blocks, options.split_questions)
 
 
-def _with_transport(options: argparse.Namespace, body: Body) -> int:
+def with_transport(options: argparse.Namespace, body: Body) -> int:
+    """Run `body` on a connection to the server; the exit status that its run's status means."""
+
     async def main() -> str:
         transport = WireTransport(asyncio.get_running_loop().time, verify=not options.insecure)
         try:
@@ -125,7 +127,7 @@ def _with_transport(options: argparse.Namespace, body: Body) -> int:
     return exit_status(status)
 
 
-async def _arm(transport: httpx.AsyncBaseTransport, options: argparse.Namespace, changes: Any = None) -> Arm:
+async def arm_of(transport: httpx.AsyncBaseTransport, options: argparse.Namespace, changes: Any = None) -> Arm:
     """The arm; its model's name is the server's first where none is given."""
     changes = dict(changes or {})
     model = changes.get("model", options.model)
@@ -138,7 +140,7 @@ async def _arm(transport: httpx.AsyncBaseTransport, options: argparse.Namespace,
     return replace(arm, model=model)
 
 
-def _questions(options: argparse.Namespace, load: Load) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
+def questions_of(options: argparse.Namespace, load: Load) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
     """What is measured, and what warms up: others of the same tasks."""
     if options.num_prompts < 1:
         raise ConfigError(f"--num-prompts: found {options.num_prompts}, allowed: 1 or more")
@@ -155,7 +157,8 @@ def _questions(options: argparse.Namespace, load: Load) -> tuple[tuple[Question,
     return tuple(measured), warm_up_list(spare, measured, warm_ups, options.seed)
 
 
-def _setup(options: argparse.Namespace, arm: Arm) -> Setup:
+def setup_of(options: argparse.Namespace, arm: Arm) -> Setup:
+    """What a run needs beside its arm, load and questions. The server's meters are read where it is on this machine."""
     deployment = deployment_from(options)
     meter = None
     if _is_local(arm):

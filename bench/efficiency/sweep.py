@@ -2,8 +2,8 @@
 
 Blocks go there and back (A B B A A B …). In every arm a block asks the same questions in the same order with the same
 arrivals. A block's run is a folder of its own and stays when its manifest says complete; what is found otherwise, an
-invalid one too, is put aside and done again. Afterwards the blocks of each arm and load are pooled into one folder, which is what `compare`
-and `report` read.
+invalid one too, is put aside and done again. Afterwards the blocks of each arm and load are pooled into one folder,
+which is what `compare` and `report` read.
 """
 
 from __future__ import annotations
