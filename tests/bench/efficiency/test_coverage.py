@@ -14,7 +14,9 @@ from vllm_puzzle.bench.efficiency.resampling import (
     Interval,
     bootstrap,
     difference_of_ratios,
+    ratio,
     ratio_of_ratios,
+    resampled_sums,
 )
 from vllm_puzzle.bench.efficiency.uncertainty import (
     BETTER,
@@ -102,6 +104,17 @@ def test_the_paired_bootstrap_of_a_cost_ratio_covers() -> None:
     found = coverage(low, high, 0.7)
     print(f"cost ratio, 250 questions: {found:.4f}")
     assert abs(found - TARGET) <= TOLERANCE
+
+
+def test_percentiles_of_few_questions_are_widened_as_far_as_needed() -> None:
+    columns = np.ones((12, DATASETS, 2))
+    columns[..., 0] = np.random.default_rng(6).normal(5.0, 1.0, size=(12, DATASETS))
+    _, low, high = bootstrap(columns, ratio, draws=DRAWS)
+    plain = np.quantile(ratio(resampled_sums(columns, DRAWS)), [0.025, 0.975], axis=0)
+    found, naive = coverage(low, high, 5.0), coverage(*plain, 5.0)
+    print(f"12 questions: {found:.4f}; plain percentiles {naive:.4f}")
+    assert abs(found - TARGET) <= TOLERANCE
+    assert naive < TARGET - TOLERANCE
 
 
 @pytest.mark.parametrize("blocks", [3, 4, 8])
