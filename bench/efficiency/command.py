@@ -20,18 +20,21 @@ from vllm_puzzle.bench.efficiency.flags import (
     arm_from,
     config_from,
     deployment_from,
+    gpu_ids,
     load_from,
     make_parser,
     tokenizer_from,
     words,
 )
-from vllm_puzzle.bench.efficiency.machine import describe_machine, describe_versions, raise_priority
+from vllm_puzzle.bench.efficiency.machine import describe_machine, describe_versions, raise_file_limit, raise_priority
+from vllm_puzzle.bench.efficiency.manifest import INTERRUPTED
 from vllm_puzzle.bench.efficiency.progress import Progress
 from vllm_puzzle.bench.efficiency.question import Question, warm_up_list, work_list
 from vllm_puzzle.bench.efficiency.run import Setup, exit_status, run_arm, wait_until_up
 from vllm_puzzle.bench.efficiency.runner import Options
 from vllm_puzzle.bench.efficiency.server_facts import first_model
-from vllm_puzzle.bench.efficiency.sweep import MIN_BLOCKS, Plan, Setting, run_sweep
+from vllm_puzzle.bench.efficiency.summary import Deployment
+from vllm_puzzle.bench.efficiency.sweep import MIN_BLOCKS, RETRIES, Plan, Setting, run_sweep
 from vllm_puzzle.bench.efficiency.sweep_config import configured, listed_arms, listed_loads
 from vllm_puzzle.bench.efficiency.tasks.registry import find_task
 from vllm_puzzle.bench.efficiency.wire import WireTransport
@@ -83,6 +86,7 @@ def sweep(argv: Sequence[str]) -> int:
     group.add_argument("--concurrencies", default="", help="one closed load for each")
     group.add_argument("--request-rates", default="", help="one open load for each")
     group.add_argument("--blocks", type=int, default=MIN_BLOCKS)
+    group.add_argument("--retries", type=int, default=RETRIES, help="of a block for which the client was too slow")
     group.add_argument("--split-questions", action="store_true", help="each block asks its share instead of all")
     arms, loads = configured(parser, argv)
     options = parser.parse_args(argv)
@@ -93,22 +97,27 @@ def sweep(argv: Sequence[str]) -> int:
         made = [await arm_of(transport, options, arm) for arm in arms]
         for arm in {arm.root: arm for arm in made}.values():
             await wait_until_up(transport, arm, options.ready_check_timeout_sec)
-        plan = _plan(options, made, [load_from(argparse.Namespace(**{**vars(options), **load})) for load in loads])
+        deployed = [(arm, deployment_from(_with(options, changes))) for arm, changes in zip(made, arms, strict=True)]
+        plan = _plan(options, deployed, [load_from(_with(options, load)) for load in loads])
         show = Progress(plan.blocks * len(plan.settings) * len(plan.asks(0)))
-        status = await run_sweep(plan, options.out, transport, setup_of(options, made[0]), show)
+        status = await run_sweep(plan, options.out, transport, setup_of(options, made[0]), show, options.retries)
         show.finish()
         return status
 
     return with_transport(options, body)
 
 
-def _plan(options: argparse.Namespace, arms: Sequence[Arm], loads: Sequence[Load]) -> Plan:
+def _plan(options: argparse.Namespace, arms: Sequence[tuple[Arm, Deployment]], loads: Sequence[Load]) -> Plan:
     settings = []
     questions: tuple[Question, ...] = ()
     for load in loads:
         questions, warm_up = questions_of(options, load)
-        settings += [Setting(arm, load, warm_up) for arm in arms]
+        settings += [Setting(arm, load, warm_up, deployment) for arm, deployment in arms]
     return Plan(tuple(settings), questions, options.num_prompts, options.seed, options.blocks, options.split_questions)
+
+
+def _with(options: argparse.Namespace, changes: Mapping[str, Any]) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(options), **changes})
 
 
 def with_transport(options: argparse.Namespace, body: Body) -> int:
@@ -121,7 +130,11 @@ def with_transport(options: argparse.Namespace, body: Body) -> int:
         finally:
             await transport.aclose()
 
-    status = asyncio.run(main())
+    raise_file_limit()
+    try:
+        status = asyncio.run(main())
+    except KeyboardInterrupt:  # between two runs of a sweep
+        status = INTERRUPTED
     if exit_status(status):
         print(f"vllm-puzzle: run is not to be compared: {status}", file=sys.stderr)
     return exit_status(status)
@@ -159,19 +172,15 @@ def questions_of(options: argparse.Namespace, load: Load) -> tuple[tuple[Questio
 
 def setup_of(options: argparse.Namespace, arm: Arm) -> Setup:
     """What a run needs beside its arm, load and questions. The server's meters are read where it is on this machine."""
-    deployment = deployment_from(options)
     meter = None
     if _is_local(arm):
-        ids = [int(part) for part in options.gpu_ids.split(",")] if options.gpu_ids else None
-        if ids and deployment.num_gpus is None:
-            deployment = replace(deployment, num_gpus=len(ids))
-        meter = find_meter(ids)
+        meter = find_meter(gpu_ids(options))
         if options.nice is not None:
             raise_priority(options.nice)
     return Setup(
         seed=options.seed,
         cache=options.prefix_cache,
-        deployment=deployment,
+        deployment=deployment_from(options),
         config=config_from(options),
         metadata=words(options.metadata, "--metadata"),
         found={"machine": describe_machine(), "versions": describe_versions(), "task": options.task},

@@ -182,9 +182,19 @@ def setting_name(thinking: str, effort: str | None, budget: int | None) -> str:
 
 
 def deployment_from(options: argparse.Namespace) -> Deployment:
-    """What serves, and the limits."""
+    """What serves, and the limits. GPUs that are named are those that serve."""
     slo = Slo.parse(options.goodput) if options.goodput else None
-    return Deployment(options.num_gpus, options.num_cores, options.idle_power_w, options.price_per_device_hour, slo)
+    ids = gpu_ids(options)
+    num_gpus = len(ids) if ids and options.num_gpus is None else options.num_gpus
+    return Deployment(num_gpus, options.num_cores, options.idle_power_w, options.price_per_device_hour, slo)
+
+
+def gpu_ids(options: argparse.Namespace) -> list[int] | None:
+    """GPUs of this machine whose energy is to be read; None for all. Raises ConfigError."""
+    try:
+        return [int(part) for part in options.gpu_ids.split(",")] if options.gpu_ids else None
+    except ValueError:
+        raise ConfigError(f"--gpu-ids: found {options.gpu_ids!r}, allowed: numbers, comma-separated") from None
 
 
 def config_from(options: argparse.Namespace) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import subprocess
 from contextlib import suppress
 from importlib import metadata
@@ -39,6 +40,13 @@ def raise_priority(nice: int) -> None:
     """Go before what else runs here, as a client on another machine would, if we may; the manifest tells."""
     with suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, 0, nice)
+
+
+def raise_file_limit() -> None:
+    """As many open connections as the system allows at all."""
+    with suppress(OSError, ValueError):
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def describe_gpus() -> list[dict[str, str]]:

@@ -143,6 +143,7 @@ def _finish(
         "ended": runner.ended,
         "abandoned": runner.abandoned,
         "errors": _errors(runner.records),
+        "offered_rate": _offered(runner.records),
         "facts": facts.to_object() if facts is not None else {"windows": []},
         "is_steady": is_steady,
         "energy_source": None if runner.options.meter is None else runner.options.meter.source,
@@ -225,6 +226,13 @@ def _sources(records: Sequence[RequestRecord]) -> dict[str, int]:
     """How many requests' tokens were counted by whom."""
     named = [record.token_source or "nobody" for record in records]
     return {name: named.count(name) for name in sorted(set(named))}
+
+
+def _offered(records: Sequence[RequestRecord]) -> float | None:
+    """Requests per second that an open load asked for, as the seed had it; None of a closed one."""
+    times = [record.scheduled for record in records if record.scheduled is not None]
+    span = max(times) - min(times) if times else 0.0
+    return (len(times) - 1) / span if span > 0 else None
 
 
 def _errors(records: Sequence[RequestRecord]) -> dict[str, int]:

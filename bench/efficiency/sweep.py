@@ -10,26 +10,28 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 from vllm_puzzle.bench.efficiency.arm import Arm, Load
 from vllm_puzzle.bench.efficiency.facts import Window
-from vllm_puzzle.bench.efficiency.manifest import INVALID, RUNNING, read_manifest, write_manifest
+from vllm_puzzle.bench.efficiency.manifest import DISK_FULL, INVALID, RUNNING, read_manifest, write_manifest
 from vllm_puzzle.bench.efficiency.progress import Progress
 from vllm_puzzle.bench.efficiency.question import Ask, Question, work_list
 from vllm_puzzle.bench.efficiency.record import RequestRecord, read_records
 from vllm_puzzle.bench.efficiency.run import Setup, run_arm
 from vllm_puzzle.bench.efficiency.run_folder import COMPLETE, MANIFEST, REQUESTS
-from vllm_puzzle.bench.efficiency.summary import JSON_NAME, summary_of, write_summary
+from vllm_puzzle.bench.efficiency.summary import JSON_NAME, Deployment, summary_of, write_summary
 from vllm_puzzle.model_configs.schema import ConfigError
 
 PLAN_NAME, BLOCKS = "sweep.json", "blocks"
 SCHEMA_VERSION = 1
 MIN_BLOCKS = 3  # below, the spread between blocks says nothing
+RETRIES = 2
 _BLOCK_STRIDE = 10_007  # between the seeds of blocks
 # Statuses after which the next arm can run all the same.
 _GOES_ON = (COMPLETE, INVALID)
@@ -37,11 +39,12 @@ _GOES_ON = (COMPLETE, INVALID)
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One arm under one load, with its warm-up prompts."""
+    """One arm under one load, with its warm-up prompts and what serves it."""
 
     arm: Arm
     load: Load
     warm_up: tuple[Question, ...]
+    deployment: Deployment = field(default_factory=Deployment)
 
     @property
     def name(self) -> str:
@@ -104,27 +107,32 @@ class Plan:
         }
 
 
-async def run_sweep(plan: Plan, out: Path, transport: httpx.AsyncBaseTransport, setup: Setup, show: Progress) -> str:
-    """Do what is left of it; returns `complete`, `invalid`, or why it ended early. Raises ConfigError."""
+async def run_sweep(
+    plan: Plan, out: Path, transport: httpx.AsyncBaseTransport, setup: Setup, show: Progress, retries: int = RETRIES
+) -> str:
+    """Do what is left of it; returns `complete`, `invalid`, or why it ended early. Raises ConfigError.
+
+    retries: how often a block is done again at once when the client was too slow to measure it.
+    """
     _keep_plan(plan, out)
-    status = COMPLETE
+    statuses = {COMPLETE}
     for block in range(plan.blocks):
         for setting in plan.order(block):
-            asks = plan.asks(block)
             folder = out / setting.name / BLOCKS / str(block)
             show.label = f"block {block + 1}/{plan.blocks} {setting.name}"
-            found = _found(folder)
-            if found == COMPLETE:
-                show.skip(len(asks))
+            if _found(folder) == COMPLETE:
+                show.skip(len(plan.asks(block)))
                 continue
-            _put_aside(folder)
-            found = await _run_block(plan, setting, block, folder, transport, setup, show)
-            if found not in _GOES_ON:
-                pool_all(plan, out, setup)
-                return found
-            status = INVALID if found == INVALID else status
-    pool_all(plan, out, setup)
-    return status
+            status = await _run_block(plan, setting, block, folder, transport, setup, show)
+            for _ in range(retries if status == INVALID else 0):
+                show.total += len(plan.asks(block))
+                status = await _run_block(plan, setting, block, folder, transport, setup, show)
+                if status != INVALID:
+                    break
+            statuses.add(status)
+            if status not in _GOES_ON:
+                return _pooled(plan, out, status)
+    return _pooled(plan, out, INVALID if INVALID in statuses else COMPLETE)
 
 
 async def _run_block(
@@ -136,8 +144,9 @@ async def _run_block(
     setup: Setup,
     show: Progress,
 ) -> str:
+    _put_aside(folder)
     options = replace(setup.options, block=block, on_record=show.add)
-    mine = replace(setup, seed=plan.seed_of(block), options=options)
+    mine = replace(setup, seed=plan.seed_of(block), options=options, deployment=setting.deployment)
     summary = await run_arm(setting.arm, setting.load, plan.asks(block), setting.warm_up, folder, transport, mine)
     if summary["status"] != COMPLETE:
         errors = [f"{times} times {error}" for error, times in summary["errors"].items()]
@@ -146,14 +155,21 @@ async def _run_block(
     return str(summary["status"])
 
 
-def pool_all(plan: Plan, out: Path, setup: Setup) -> None:
-    """Pool each setting's finished blocks."""
-    for setting in plan.settings:
-        pool(out / setting.name, plan.blocks, setup)
+def _pooled(plan: Plan, out: Path, status: str) -> str:
+    """Pool each setting's finished blocks; how the sweep ended, in the end."""
+    try:
+        for setting in plan.settings:
+            pool(out / setting.name, plan.blocks, setting.deployment)
+    except OSError:
+        return DISK_FULL
+    return status
 
 
-def pool(folder: Path, blocks: int, setup: Setup) -> None:
-    """Records, facts and summary of all finished blocks in the setting's own folder. Nothing where none is finished."""
+def pool(folder: Path, blocks: int, deployment: Deployment) -> None:
+    """Records, facts and summary of all finished blocks in the setting's own folder. Nothing where none is finished.
+
+    Raises OSError.
+    """
     parts = [folder / BLOCKS / str(block) for block in range(blocks)]
     done = [part for part in parts if _found(part) in _GOES_ON]
     if not done:
@@ -168,7 +184,7 @@ def pool(folder: Path, blocks: int, setup: Setup) -> None:
             records += read_records(part / REQUESTS)
     fresh.replace(folder / REQUESTS)
     windows = [Window(**window) for manifest in manifests for window in manifest["facts"]["windows"]]
-    facts = setup.deployment.facts(windows) if windows else None
+    facts = deployment.facts(windows) if windows else None
     statuses = {manifest["status"] for manifest in manifests}
     status = RUNNING if len(done) < blocks else INVALID if INVALID in statuses else COMPLETE
     labels = [manifest["stationarity"] for manifest in manifests]
@@ -176,8 +192,9 @@ def pool(folder: Path, blocks: int, setup: Setup) -> None:
         "status": status,
         "block": None,
         "blocks": [manifest["block"] for manifest in manifests],
-        "planned": sum(manifest["planned"] for manifest in manifests),
-        "issued": sum(manifest["issued"] for manifest in manifests),
+        **{key: sum(manifest[key] for manifest in manifests) for key in ("planned", "issued", "ended", "abandoned")},
+        "invalid_because": [reason for manifest in manifests for reason in manifest["invalid_because"]],
+        "errors": dict(sum((Counter(manifest["errors"]) for manifest in manifests), Counter())),
         "facts": facts.to_object() if facts is not None else {"windows": []},
         "is_steady": all(manifest["is_steady"] for manifest in manifests),
         "stationarity": labels,

@@ -14,6 +14,7 @@ import pytest
 from virtual_runs import arm_of, grade, question
 from vllm_puzzle.bench.efficiency.arm import CLOSED, Load
 from vllm_puzzle.bench.efficiency.compare import compare
+from vllm_puzzle.bench.efficiency.lag import LagMonitor
 from vllm_puzzle.bench.efficiency.manifest import read_manifest, write_manifest
 from vllm_puzzle.bench.efficiency.mock import Mock
 from vllm_puzzle.bench.efficiency.mock_behaviour import Behaviour
@@ -22,6 +23,7 @@ from vllm_puzzle.bench.efficiency.question import Question
 from vllm_puzzle.bench.efficiency.record import WARM_UP
 from vllm_puzzle.bench.efficiency.run import Setup
 from vllm_puzzle.bench.efficiency.run_folder import read_run, read_runs
+from vllm_puzzle.bench.efficiency.summary import Deployment
 from vllm_puzzle.bench.efficiency.sweep import Plan, Setting, run_sweep
 from vllm_puzzle.bench.efficiency.virtual_time import MockTransport, run_virtual
 from vllm_puzzle.model_configs.schema import ConfigError
@@ -34,7 +36,10 @@ TIGHT = arm_of("budget-8", fields={"thinking_token_budget": 8}, budget=8)
 def plan_of(**changes: Any) -> Plan:
     questions = tuple(Question("task", str(i), question(str(i)).messages, grade) for i in range(12))
     warm_up = (question("1000"), question("1001"))
-    settings = tuple(Setting(arm, Load(CLOSED, concurrency=2), warm_up) for arm in (OFF, LOW, TIGHT))
+    settings = tuple(
+        Setting(arm, Load(CLOSED, concurrency=2), warm_up, Deployment(num_gpus=number))
+        for number, arm in enumerate((OFF, LOW, TIGHT), start=1)
+    )
     return replace(Plan(settings, questions, num_prompts=12, seed=7, blocks=4), **changes)
 
 
@@ -103,6 +108,7 @@ def test_pooled_runs_are_what_compare_reads(tmp_path: Path, capsys: pytest.Captu
         durations = [block["metrics"]["duration"] for block in blocks]
         assert pooled["metrics"]["request_throughput"] == pytest.approx(sum(rates) / sum(durations))
         assert len(pooled["by_block"]) == 4
+    assert [run.facts.num_gpus for run in runs] == [3, 2, 1], "each arm has its own devices"
     compare([str(tmp_path / "off@c2"), str(tmp_path / "low@c2"), "--margin", "0.01"])
     assert "accuracy" in capsys.readouterr().out
 
@@ -179,6 +185,25 @@ def test_a_server_that_is_lost_ends_the_sweep_and_the_blocks_before_stay(tmp_pat
     assert read_manifest(tmp_path / "off@c2")["status"] == "running"  # one of four blocks
     status, mock, _ = swept(plan_of(), tmp_path)
     assert (status, len(mock.requests)) == ("complete", 168 - 14)
+
+
+@pytest.mark.parametrize(("late", "status"), [(2, "complete"), (3, "invalid")])
+def test_a_block_that_the_client_was_too_slow_for_is_done_again_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: int, status: str
+) -> None:
+    real, calls = LagMonitor.quantile, []
+
+    def quantile(self: LagMonitor, share: float) -> float | None:
+        calls.append(share)
+        # `run` asks for the p99 once more than the summary, which asks for three.
+        return 1.0 if calls.count(0.99) <= 2 * late else real(self, share)
+
+    monkeypatch.setattr(LagMonitor, "quantile", quantile)
+    found, mock, line = swept(plan_of(blocks=1), tmp_path)
+    assert found == status
+    assert runs_in_order(mock) == ["off"] * 3 + ["low", "budget-8"]
+    assert len(list((tmp_path / "off@c2" / "blocks").glob("0.partial-*"))) == 2
+    assert read_run(tmp_path / "off@c2").status == status and "60/60" in line
 
 
 def test_two_arms_of_one_name_are_refused() -> None:
