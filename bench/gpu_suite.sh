@@ -2,13 +2,14 @@
 # Everything that needs a GPU, in one command and under 8 minutes: `bash bench/gpu_suite.sh`.
 #
 # For a bare machine: one NVIDIA GPU, Python with torch and triton, no network, nothing installed. Checks the kernels
-# (tests/kernels, marker gpu), measures the FFN's tuning table, measures all goals. A step that fails or runs out of
-# time is told at the end; the others still run. Exit status 0 when every step passed.
+# (tests/kernels, marker gpu), measures the FFN's tuning table, measures all goals, and writes the table of where window
+# attention is ours. A step that fails or runs out of time is told at the end; the others still run. Exit status 0 when
+# every step passed.
 #
 #   OUT=DIR                      where results go (default bench/results): kernels-<card>.csv and .json, gpu-suite.log
 #   PYTHON=COMMAND               default python3
 #   LIMIT=SECONDS                for all steps together (default 470)
-#   STEPS="tests tuning bench"   which steps (default all three)
+#   STEPS="tests tuning bench attention-table"   which steps (default all four)
 #   PART=NAME BENCH="FLAGS"      another part of the measurement, in files of its own: PART=-a BENCH="--goal A"
 #   TUNING="FLAGS"               what is tuned (default: the shapes of the goals at five numbers of tokens)
 #   COMMIT=NAME                  the measured commit, where git cannot tell
@@ -19,7 +20,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-$ROOT/bench/results}
 LIMIT=${LIMIT:-470}
-STEPS=" ${STEPS:-tests tuning bench} "
+STEPS=" ${STEPS:-tests tuning bench attention-table} "
 PART=${PART:-}
 TUNING=${TUNING:---shape 17920,8192 --shape 28672,8192 --shape 14336,4096 --shape 5632,8192 --tokens 1,16,64,2048,8192}
 FAILED=()
@@ -109,6 +110,18 @@ kernel_tests() {
     step "kernels against their twins" 170 -m pytest -q -m gpu -p no:cacheprovider "${workers[@]}" "$ROOT/tests/kernels"
 }
 
+# The table comes from every recorded part of the newest measurement, whatever became of the benchmark's other rows.
+attention_table() {
+    local files
+    mapfile -t files < <(ls -t -- "$OUT"/kernels-*.csv 2>/dev/null)
+    if ((${#files[@]} == 0)); then
+        FAILED+=("attention-table: found no $OUT/kernels-*.csv, allowed: rows of the step bench")
+        return
+    fi
+    step attention-table 60 -m vllm_puzzle.bench.kernel.attention_tuning --out "$ROOT/kernels/tables" "${files[@]}"
+    cp "$ROOT"/kernels/tables/window-attention-*.json "$OUT" 2>/dev/null || say "attention-table: no table to copy"
+}
+
 say "results go to $OUT"
 versions
 cd "$ROOT" || stop "found no $ROOT"
@@ -124,11 +137,16 @@ if [[ $STEPS == *" tuning "* && -f $ROOT/bench/ffn_tuning.py ]]; then
     cp "$ROOT"/kernels/tables/*.json "$OUT" 2>/dev/null || FAILED+=("FFN tuning: no table")
 fi
 if [[ $STEPS == *" bench "* ]]; then
-    # What is left belongs to the measurement, less the time that its last case may take.
+    # What is left belongs to the measurement, less the time that its last case and the table after it may take.
+    reserve=0
+    [[ $STEPS == *" attention-table "* ]] && reserve=20
     read -ra flags <<<"${BENCH:-}"
-    step "kernel benchmark" $((LIMIT - SECONDS)) -m vllm_puzzle.bench.command kernels "${flags[@]}" \
-        --time-limit $((LIMIT - SECONDS - 40)) --commit "$COMMIT" \
+    step "kernel benchmark" $((LIMIT - SECONDS - reserve)) -m vllm_puzzle.bench.command kernels "${flags[@]}" \
+        --time-limit $((LIMIT - SECONDS - reserve - 40)) --commit "$COMMIT" \
         --csv "$OUT/kernels-{card}$PART.csv" --json "$OUT/kernels-{card}$PART.json"
+fi
+if [[ $STEPS == *" attention-table "* ]]; then
+    attention_table
 fi
 
 if ((${#FAILED[@]})); then

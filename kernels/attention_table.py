@@ -1,54 +1,99 @@
-"""Where our window attention was measured to be not slower than vLLM's: one JSON file per device in `tables/`.
+"""Where our window attention was measured to be no slower than vLLM's: one JSON file per device in `tables/`.
 
-A file, `tables/window_attention_*.json`:
+`tables/window-attention-*.json`, with the device's name as `torch.cuda.get_device_name` says it:
 
-    {"device": "NVIDIA H100 80GB HBM3", "measured": {"commit": …, "triton": …, …},
-     "rows": [{"head_dim": 64, "cache": "e4m3", "max_window": 1024, "max_fused_window": 256}, …]}
+    {"device": "NVIDIA H100 80GB HBM3", "versions": {"triton": "3.6.0", …}, "entries": [
+      {"head_dim": 64, "cache": "e4m3", "window": 128, "batch": "64q1s8k", "ours_us": …, "fused_us": …, "stock_us": …}]}
 
-A row holds for windows up to `max_window`; up to `max_fused_window` (which may be left out) one launch rotates, stores
-and attends. A device without a file, a head size or a cache without a row: vLLM's own backend stays.
+An entry is one batch, medians in µs of the same work by both: rotating, storing and attending by our two launches, by
+our one (null where the batch is not one token per sequence) and by vLLM's best, or, as `bench.kernel.attention_tuning`
+writes it, attending alone (`fused_us` null). A layer's choice holds for every batch, so that all entries of the two
+measured windows around its own count. Without them, on another device or under another Triton: vLLM's own.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from functools import cache
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-FOLDER = Path(__file__).parent / "tables"
+FOLDER = Path(__file__).resolve().parent / "tables"
 CACHES = ("e4m3", "bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One measured configuration."""
+class Entry:
+    """One measured batch."""
 
     head_dim: int
     cache: str
-    max_window: int
-    max_fused_window: int | None = None
+    window: int
+    batch: str
+    ours_us: float
+    stock_us: float
+    fused_us: float | None = None
 
     def __post_init__(self) -> None:
-        sizes = [size for size in (self.head_dim, self.max_window, self.max_fused_window) if size is not None]
-        if self.cache not in CACHES or not all(type(size) is int and size > 0 for size in sizes):
-            raise ValueError(f"found {self}, allowed: positive integers and a cache of {', '.join(CACHES)}")
+        times = [time for time in (self.ours_us, self.stock_us, self.fused_us) if time is not None]
+        if self.cache not in CACHES or not all(isinstance(time, int | float) and time > 0 for time in times):
+            raise ValueError(f"found {self}, allowed: times above 0 and a cache of {', '.join(CACHES)}")
 
 
-def choose(device_name: str, head_dim: int, cache_name: str, window: int, folder: Path = FOLDER) -> Row | None:
-    """The row that says our kernel is not slower here; None: vLLM's own. ValueError for a table that cannot be read."""
-    rows = _tables(folder).get(device_name, ())
-    fitting = (row for row in rows if (row.head_dim, row.cache) == (head_dim, cache_name) and window <= row.max_window)
-    return next(fitting, None)
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Our kernels; `fused`: a step of one token per sequence in one launch."""
+
+    fused: bool
 
 
-@cache
-def _tables(folder: Path) -> dict[str, tuple[Row, ...]]:
-    found: dict[str, tuple[Row, ...]] = {}
-    for path in sorted(folder.glob("window_attention_*.json")):
-        try:
-            table = json.loads(path.read_text())
-            found[table["device"]] = tuple(Row(**row) for row in table["rows"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"kernel table {path.name}: {error}") from None
-    return found
+def choose(device_name: str, head_dim: int, cache: str, window: int, folder: Path = FOLDER) -> Choice | None:
+    """Our kernels where no measured batch is slower than vLLM's, else None. ValueError for a table that is broken."""
+    entries = [e for e in _entries(device_name, folder) if (e.head_dim, e.cache) == (head_dim, cache)]
+    below = max((e.window for e in entries if e.window <= window), default=None)
+    above = min((e.window for e in entries if e.window >= window), default=None)
+    if below is None or above is None:
+        return None
+    around = [e for e in entries if e.window in (below, above)]
+    decodes = [e for e in around if e.fused_us is not None]
+    fused = bool(decodes) and all((e.fused_us or 0) <= e.ours_us for e in decodes)
+    times = [(e.fused_us if fused and e.fused_us is not None else e.ours_us, e.stock_us) for e in around]
+    return Choice(fused) if all(ours <= stock for ours, stock in times) else None
+
+
+def table_path(device_name: str, folder: Path = FOLDER) -> Path:
+    """`NVIDIA H100 80GB HBM3` → window-attention-nvidia-h100-80gb-hbm3.json."""
+    return folder / f"window-attention-{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}.json"
+
+
+def write_table(
+    folder: Path, device_name: str, versions: Mapping[str, str], entries: Sequence[Entry], **about: Any
+) -> Path:
+    """Write a device's table, one entry a line; `about` is for people. Returns the file."""
+    path = table_path(device_name, folder)
+    head = json.dumps({"device": device_name, "versions": versions, **about}, indent=1).removesuffix("\n}")
+    lines = ",\n".join(f"  {json.dumps(asdict(entry))}" for entry in entries)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{head},\n "entries": [\n{lines}\n]}}\n')
+    _entries.cache_clear()
+    return path
+
+
+@lru_cache(maxsize=8)
+def _entries(device_name: str, folder: Path) -> tuple[Entry, ...]:
+    import triton
+
+    path = table_path(device_name, folder)
+    if not path.is_file():
+        return ()
+    try:
+        table = json.loads(path.read_text())
+        entries = tuple(Entry(**entry) for entry in table["entries"])
+        device, version = table["device"], table["versions"]["triton"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"kernel table {path.name}: {error}") from None
+    is_same = device == device_name and version.split(".")[:2] == triton.__version__.split(".")[:2]
+    return entries if is_same else ()

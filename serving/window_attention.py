@@ -38,20 +38,20 @@ def choose_backend(
     reasons = obstacles(spec, config, cache_dtype)
     if reasons and mode == ON:
         raise ConfigError(f"flag {FLAG}: found on, allowed: {AUTO} or {OFF}, as {'; '.join(reasons)} ({prefix})")
-    row = None
+    choice = None
     if mode == AUTO and not reasons:
         cache_name = CACHE_NAMES.get(cache_dtype, str(torch.get_default_dtype()).removeprefix("torch."))
-        row = attention_table.choose(
+        choice = attention_table.choose(
             current_platform.get_device_name(), spec.head_dim, cache_name, spec.sliding_window + spec.num_sink_tokens
         )
-    if mode == AUTO and row is None:
+    if mode == AUTO and choice is None:
         return None, {}
     from vllm_puzzle.serving.window_attention_backend import WindowAttentionBackend  # late: only where it is used
 
     say_once(logging.INFO, f"window layers attend by our kernels ({FLAG} off keeps vLLM's)")
     arguments: dict[str, Any] = {"window": spec.sliding_window, "num_sink_tokens": spec.num_sink_tokens}
-    if row is not None:
-        arguments["max_fused_window"] = row.max_fused_window or 0
+    if choice is not None:
+        arguments["fuses_decode"] = choice.fused
     # vLLM's V1 runner leaves the positions out of a micro-batch's metadata.
     if can_rotate(rotary, spec.head_dim) and not config.parallel_config.enable_dbo:
         arguments["rotary"] = rotary

@@ -90,7 +90,8 @@ class WindowAttentionImpl(AttentionImpl[WindowAttentionMetadata]):
     """Attention of one layer.
 
     Beyond vLLM's arguments: sinks, one learned logit per query head; `window`, which is also given where the cache must
-    keep every token (`num_sink_tokens` of the first ones stay in view); `rotary`, where q and k come unrotated.
+    keep every token (`num_sink_tokens` of the first ones stay in view); `rotary`, where q and k come unrotated;
+    `fuses_decode`, whether one token per sequence is one launch, up to MAX_WINDOW.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class WindowAttentionImpl(AttentionImpl[WindowAttentionMetadata]):
         window: int | None = None,
         num_sink_tokens: int = 0,
         rotary: nn.Module | None = None,
-        max_fused_window: int = MAX_WINDOW,
+        fuses_decode: bool = True,
     ) -> None:
         if alibi_slopes is not None or logits_soft_cap or attn_type != AttentionType.DECODER:
             found = f"ALiBi {alibi_slopes is not None}, soft cap {logits_soft_cap}, type {attn_type}"
@@ -123,9 +124,8 @@ class WindowAttentionImpl(AttentionImpl[WindowAttentionMetadata]):
         self.rotary = rotary
         self.is_quantized = kv_cache_dtype.startswith("fp8")
         view = num_sink_tokens + (self.sliding_window or 2**31)
-        self.decodes_in_one_launch = (
-            rotary is not None and kv_sharing_target_layer_name is None and view <= max_fused_window
-        )
+        is_ours = rotary is not None and kv_sharing_target_layer_name is None
+        self.decodes_in_one_launch = is_ours and fuses_decode and view <= MAX_WINDOW
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Once the sinks are loaded: the kernels read them in float32."""
@@ -314,7 +314,9 @@ class WindowAttentionBackend(AttentionBackend):
         use_mm_prefix: bool,
         device_capability: Any,
     ) -> str | None:
-        """FP8 needs its conversion instructions."""
+        """FP8 needs its conversion instructions; a 16-bit cache the queries' type."""
+        if str(kv_cache_dtype) in ("float16", "bfloat16") and dtype != getattr(torch, str(kv_cache_dtype)):
+            return f"KV cache in {kv_cache_dtype} beside {dtype}"
         capability = device_capability
         is_old = capability is not None and (capability.major, capability.minor) < MIN_FP8_CAPABILITY
         if is_old and str(kv_cache_dtype).startswith("fp8"):

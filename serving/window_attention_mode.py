@@ -26,7 +26,8 @@ def take_window_attention(argv: Sequence[str]) -> list[str]:
         if not equals:
             value, at = (argv[at] if at < len(argv) else ""), at + 1
         os.environ[VARIABLE] = _checked(f"flag {FLAG}", value)
-    window_attention_mode()
+    if window_attention_mode() == ON and not can_run():
+        raise ConfigError(f"flag {FLAG}: found {ON}, allowed: {AUTO} or {OFF} (its kernels run on NVIDIA GPUs)")
     return rest
 
 
@@ -42,10 +43,15 @@ def _checked(where: str, value: str) -> str:
 
 
 def is_interpreting() -> bool:
-    """Whether Triton computes kernels in NumPy, which is how they run on a CPU."""
+    """Whether Triton computes kernels in NumPy, which is how they run on a CPU (for tests)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def can_run() -> bool:
+    """Whether this vLLM has a device for the kernels, told without importing it."""
+    return not is_cpu_engine() or is_interpreting()
 
 
 def serves_sink_tokens() -> bool:
     """Whether layers that keep the first tokens in view have a backend: ours, where it is on and can run."""
-    return window_attention_mode() == ON and (not is_cpu_engine() or is_interpreting())
+    return window_attention_mode() == ON and can_run()

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import beside
 
 # Before anything imports vLLM or torch: no hub, no spinning threads, no cache shared with the user's runs.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,6 +30,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and this machine has none"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the long scripts of the modules that were selected, unless they were only to be listed."""
+    if session.config.option.collectonly:
+        return
+    modules = dict.fromkeys(item.getparent(pytest.Module) for item in session.items if "gpu" not in item.keywords)
+    for module in modules:
+        beside.start(getattr(getattr(module, "obj", None), "BESIDE", ()))
+
+
+def pytest_sessionfinish() -> None:
+    """Start no further script."""
+    beside.stop()
 
 
 @pytest.fixture(scope="session")

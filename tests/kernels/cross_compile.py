@@ -1,6 +1,7 @@
-"""Compile every shipped configuration for Hopper, without a GPU: `cross_compile.py` prints JSON, one entry each.
+"""Compile every shipped configuration for Hopper, without a GPU: `cross_compile.py [VERSION]` prints JSON.
 
-Runs in a process of its own, under whichever Triton is first on the path, never under the interpreter.
+Runs in a process of its own, never under the interpreter, with this environment's Triton or with VERSION of it, which
+is then installed into a folder of its own. `WORDS=…` takes only the configurations that have each word in their name.
 """
 
 from __future__ import annotations
@@ -57,11 +58,24 @@ def read(cubin: bytes) -> dict[str, Any]:
     }
 
 
+def run_with(version: str) -> None:
+    """This script again, with another Triton."""
+    with tempfile.TemporaryDirectory() as folder:
+        install = ["uv", "pip", "install", "--quiet", "--no-deps", "--python", sys.executable, "--target", folder]
+        subprocess.run([*install, f"triton=={version}"], check=True, timeout=300)
+        environment = os.environ | {"PYTHONPATH": folder}
+        subprocess.run([sys.executable, "-P", __file__], env=environment, check=True)
+
+
 def main() -> None:
+    if sys.argv[1:]:
+        run_with(sys.argv[1])
+        return
     import triton
     from vllm_puzzle.kernels.variant import shipped
 
-    names = [variant.name for variant in shipped() if all(word in variant.name for word in sys.argv[1:])]
+    words = os.environ.get("WORDS", "").split()
+    names = [variant.name for variant in shipped() if all(word in variant.name for word in words)]
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         entries = list(pool.map(compile_one, names))
     print(json.dumps({"triton": triton.__version__, "variants": entries}))

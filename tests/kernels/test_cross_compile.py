@@ -5,14 +5,11 @@ No spill, shared memory within the limit, tensor-core and TMA instructions where
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from beside import Script, outcome
 from vllm_puzzle.kernels.variant import shipped
 
 # Of one program on sm_90 (CUDA C Programming Guide, table of technical specifications: 227 KiB).
@@ -24,25 +21,17 @@ Report = dict[str, Any]
 pytestmark = pytest.mark.slow
 
 
-def compile_all(extra_path: Path | None) -> Report:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    if extra_path is not None:
-        environment["PYTHONPATH"] = str(extra_path)
-    script = Path(__file__).with_name("cross_compile.py")
-    done = subprocess.run(
-        [sys.executable, "-P", str(script)], env=environment, capture_output=True, text=True, timeout=580
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    report: Report = json.loads(done.stdout.splitlines()[-1])
-    return report | {"variants": {entry["name"]: entry for entry in report["variants"]}}
+SCRIPT = Path(__file__).with_name("cross_compile.py")
+BESIDE = (Script(SCRIPT), Script(SCRIPT, (OTHER_TRITON,)))
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Report]:
-    folder = tmp_path_factory.mktemp("triton")
-    install = ["uv", "pip", "install", "--quiet", "--no-deps", "--python", sys.executable, "--target", str(folder)]
-    subprocess.run([*install, f"triton=={OTHER_TRITON}"], check=True, timeout=300)
-    return {"this": compile_all(None), "other": compile_all(folder)}
+def reports() -> dict[str, Report]:
+    return {which: by_name(outcome(script)) for which, script in zip(("this", "other"), BESIDE, strict=True)}
+
+
+def by_name(report: Report) -> Report:
+    return report | {"variants": {entry["name"]: entry for entry in report["variants"]}}
 
 
 def test_two_versions_of_triton_are_compared(reports: dict[str, Report]) -> None:

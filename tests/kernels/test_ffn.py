@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import triton.language as tl
+from beside import Script, outcome
 from vllm_puzzle.kernels import ffn, ffn_triton, reference
 from vllm_puzzle.kernels.ffn_table import Config
 
@@ -24,24 +23,18 @@ Found = dict[str, Any]
 MOST_DIFFERING = 0.002
 
 
-def run(script: str, *arguments: str) -> Any:
-    path = Path(__file__).with_name(script)
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-P", str(path), *arguments], env=environment, capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+GRID, LAUNCHES = (Path(__file__).with_name(name) for name in ("ffn_grid.py", "ffn_launches.py"))
+BESIDE = (Script(GRID, ("cpu",)), Script(LAUNCHES))
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Found]:
-    return run("ffn_grid.py", "cpu")
+    return outcome(BESIDE[0])
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, Found]:
-    return run("ffn_grid.py", "cuda")
+    return outcome(Script(GRID, ("cuda",)))
 
 
 def check(found: Found) -> None:
@@ -66,7 +59,7 @@ def test_the_compiled_kernels_do_too(compiled: dict[str, Found], case: str) -> N
 
 def test_a_launch_compiles_exactly_the_forms_that_ci_compiles() -> None:
     """Whatever the number of tokens, the widths, the scales: types, alignment and constants are those of variants()."""
-    launched = run("ffn_launches.py")["forms"]
+    launched = outcome(BESIDE[1])["forms"]
     shipped = [
         {
             "kernel": variant.kernel.fn.__name__,

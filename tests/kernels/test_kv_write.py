@@ -5,14 +5,11 @@ The cases run in one process under Triton's interpreter (kv_write_grid.py), on a
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from beside import Script, outcome
 from vllm_puzzle.kernels import reference
 
 SCRIPT = Path(__file__).with_name("kv_write_grid.py")
@@ -29,26 +26,17 @@ DECODES = (
     "bfloat16 cache, slices of qkv",
 )  # fmt: skip
 Outcome = dict[str, dict[str, float]]
-
-
-def grid(device: str) -> Outcome:
-    done = subprocess.run(
-        [sys.executable, "-P", str(SCRIPT), device], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-        text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: Outcome = json.loads(done.stdout.splitlines()[-1])
-    return found
+BESIDE = (Script(SCRIPT, ("cpu",)),)
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> Outcome:
-    return grid("cpu")
+    return outcome(BESIDE[0])
 
 
 @pytest.fixture(scope="module")
 def compiled() -> Outcome:
-    return grid("cuda")
+    return outcome(Script(SCRIPT, ("cuda",)))
 
 
 def check_write(outcome: Outcome, name: str) -> None:

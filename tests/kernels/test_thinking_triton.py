@@ -6,14 +6,11 @@ the kernel is defined, and this process may have defined it before.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from beside import Script, outcome
 from vllm_puzzle.kernels import thinking_triton
 from vllm_puzzle.kernels.thinking import LoopRule, ThinkingLimits, ThinkingMarkers
 from vllm_puzzle.kernels.thinking_triton import Column, MarkerTables, state_row
@@ -26,25 +23,18 @@ CASES = (
 Outcome = dict[str, tuple[int, int, list[str], list[str]]]
 
 
-def streams(device: str, steps: int) -> Outcome:
-    script = Path(__file__).parent / "thinking_streams.py"
-    environment = os.environ | ({"TRITON_INTERPRET": "1"} if device == "cpu" else {})
-    done = subprocess.run(
-        [sys.executable, "-P", str(script), device, str(steps)],
-        env=environment, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+STREAMS = Path(__file__).with_name("thinking_streams.py")
+BESIDE = (Script(STREAMS, ("cpu", "10")),)
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> Outcome:
-    return streams("cpu", 10)
+    return outcome(BESIDE[0])
 
 
 @pytest.fixture(scope="module")
 def compiled() -> Outcome:
-    return streams("cuda", 2000)
+    return outcome(Script(STREAMS, ("cuda", "2000")))
 
 
 def check(outcome: Outcome, case: str) -> None:

@@ -6,9 +6,6 @@ Without a GPU the kernels run under Triton's interpreter, in one process of its 
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import triton.language as tl
+from beside import Script, outcome
 from vllm_puzzle.kernels import window_attention_plan as plan
 from vllm_puzzle.kernels.window_attention import SPLIT_TOKENS, Scratch, _division, window_attention
 
@@ -42,26 +40,17 @@ def grid_script() -> ModuleType:
 
 
 CASES = grid_script().CASES
-
-
-def run_grid(device: str) -> Results:
-    done = subprocess.run(
-        [sys.executable, "-P", str(SCRIPT), device], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-        text=True, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    results: Results = json.loads(done.stdout.splitlines()[-1])
-    return results
+BESIDE = (Script(SCRIPT, ("cpu",)),)
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> Results:
-    return run_grid("cpu")
+    return outcome(BESIDE[0])
 
 
 @pytest.fixture(scope="module")
 def compiled() -> Results:
-    return run_grid("cuda")
+    return outcome(Script(SCRIPT, ("cuda",)))
 
 
 def check(result: dict[str, Any]) -> None:

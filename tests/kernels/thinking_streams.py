@@ -1,17 +1,22 @@
 """Random batches through the device kernel and the thinking machine side by side; run in a process of its own.
 
 `python thinking_streams.py DEVICE STEPS [SEED]` prints JSON: case → [steps, forced rows, differences, end reasons].
-On `cpu` the caller sets TRITON_INTERPRET=1, which Triton reads when the kernel's module is imported.
+On `cpu` the kernel is interpreted.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 from dataclasses import dataclass, field, replace
 
 import torch
+
+if sys.argv[1:2] == ["cpu"]:  # Triton reads it when the kernel's module is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from vllm_puzzle.kernels import thinking, thinking_triton
 from vllm_puzzle.kernels.thinking import LoopRule, ThinkingLimits, ThinkingMachine, ThinkingMarkers
 from vllm_puzzle.kernels.thinking_triton import REASONS, Column, MarkerTables

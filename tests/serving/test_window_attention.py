@@ -124,7 +124,8 @@ def outcomes(folder: Path, models: dict[str, ReferenceModel]) -> dict[str, Any]:
     add("drafts", "pocket", {"speculative_config": DRAFTS}, **drafts)
     add("gpt-oss", "gpt-oss")
     add("sink tokens", "sink tokens", CHUNKS, **chunked)
-    add("fp8", "fp8")
+    # Compiled too: here no layer is left that rotates, so that the graph has no use for the positions.
+    add("fp8", "fp8", {"enforce_eager": False}, environment={"VLLM_CPU_CI_ENV": "1"})
     return jobs.run()
 
 

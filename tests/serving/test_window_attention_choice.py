@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.platforms.interface import DeviceCapability
 from vllm_puzzle.kernels import attention_table
-from vllm_puzzle.kernels.attention_table import Row
+from vllm_puzzle.kernels.attention_table import Choice
 from vllm_puzzle.model_configs.formats import read_model
 from vllm_puzzle.model_configs.partition import layer_bytes
 from vllm_puzzle.model_configs.schema import Attention, ConfigError
@@ -107,15 +107,15 @@ def test_auto_asks_the_table_for_the_layers_own_cache(
 ) -> None:
     asked = []
 
-    def choose(*case: Any) -> Row:
+    def choose(*case: Any) -> Choice:
         asked.append(case)
-        return Row(64, cache, 1024)
+        return Choice(fused=False)
 
     monkeypatch.setenv(VARIABLE, "auto")
     monkeypatch.setattr(attention_table, "choose", choose)
     name, arguments = chosen(WINDOWED, config(**changes))
     assert (name, asked) == ("CUSTOM", [("H", 64, cache, 128)])
-    assert arguments["max_fused_window"] == 0, "the table says nothing of one launch"
+    assert arguments["fuses_decode"] is False, "as the table says"
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,7 @@ def test_auto_asks_the_table_for_the_layers_own_cache(
         (Attention(8, 2, 320, 128), {}, "head_size not supported"),
         (Attention(8, 2, 24, 128), {}, "head_size not supported"),
         (WINDOWED, {"cache_dtype": "fp8_e5m2"}, "kv_cache_dtype not supported"),
+        (WINDOWED, {"cache_dtype": "float16"}, "KV cache in float16 beside torch.bfloat16"),
         (WINDOWED, {"block_size": 8, "user_specified_block_size": True}, "block_size not supported"),
         (WINDOWED, {"decode_context_parallel_size": 2}, "DCP not supported"),
     ],
@@ -169,8 +170,17 @@ def test_the_flag_becomes_the_variable(
     monkeypatch: pytest.MonkeyPatch, argv: list[str], rest: list[str], mode: str
 ) -> None:
     monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(window_attention_mode, "is_cpu_engine", lambda: False)
     assert take_window_attention(argv) == rest
     assert window_attention_mode.window_attention_mode() == mode
+
+
+def test_on_a_cpu_the_flag_is_refused_before_vllm_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(window_attention_mode, "is_cpu_engine", lambda: True)
+    assert take_window_attention(["m", FLAG, "auto"]) == ["m"]
+    with pytest.raises(ConfigError, match=f"^flag {FLAG}: found on, allowed: auto or off"):
+        take_window_attention(["m", FLAG, "on"])
 
 
 @pytest.mark.parametrize("argv", [["m", FLAG], ["m", f"{FLAG}=yes"]])
