@@ -153,7 +153,7 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(server: str, tmp_path: Path
     ("flags", "line"),
     [
         (["--thinking", "off", "--budget", "8"], "found thinking off beside effort None and budget 8, allowed: one"),
-        (["--task", "nonsense"], "task: found 'nonsense', allowed: pocket, repeat"),
+        (["--task", "nonsense"], "task: found 'nonsense', allowed: pocket, "),
         (["--request-rate", "-1"], "load, key `rate`: found -1.0, allowed: a number above 0"),
         (["--num-prompts", "0"], "--num-prompts: found 0, allowed: 1 or more"),
         (["--goodput", "tpot"], "SLO: found 'tpot', allowed: NAME:MILLISECONDS"),
