@@ -14,14 +14,14 @@ measured windows around its own count. Without them, on another device or under 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parent / "tables"
+from vllm_puzzle.kernels.device_tables import FOLDER, file_name, is_this_triton
+
 CACHES = ("e4m3", "bfloat16", "float16", "float32")
 
 
@@ -66,7 +66,7 @@ def choose(device_name: str, head_dim: int, cache: str, window: int, folder: Pat
 
 def table_path(device_name: str, folder: Path = FOLDER) -> Path:
     """`NVIDIA H100 80GB HBM3` → window-attention-nvidia-h100-80gb-hbm3.json."""
-    return folder / f"window-attention-{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}.json"
+    return folder / file_name("window-attention", device_name)
 
 
 def write_table(
@@ -84,8 +84,6 @@ def write_table(
 
 @lru_cache(maxsize=8)
 def _entries(device_name: str, folder: Path) -> tuple[Entry, ...]:
-    import triton
-
     path = table_path(device_name, folder)
     if not path.is_file():
         return ()
@@ -95,5 +93,4 @@ def _entries(device_name: str, folder: Path) -> tuple[Entry, ...]:
         device, version = table["device"], table["versions"]["triton"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"kernel table {path.name}: {error}") from None
-    is_same = device == device_name and version.split(".")[:2] == triton.__version__.split(".")[:2]
-    return entries if is_same else ()
+    return entries if device == device_name and is_this_triton(version) else ()

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parent / "tables"
+from vllm_puzzle.kernels.device_tables import FOLDER, file_name, is_this_triton
+
 OPS = ("gate_up", "down")
 # What is multiplied: bfloat16, or e4m3 with inputs scaled by one number (and a hidden vector written as e4m3), by one
 # for each token, or by one for each 128 of a token.
@@ -106,24 +106,17 @@ def choose(op: str, device_name: str, dtype: str, m: int, n: int, k: int) -> Con
 
 def table_path(device_name: str) -> Path:
     """Where the table of a device is: `NVIDIA H100 80GB HBM3` → ffn-nvidia-h100-80gb-hbm3.json."""
-    return FOLDER / f"ffn-{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}.json"
+    return FOLDER / file_name("ffn", device_name)
 
 
 @lru_cache(maxsize=8)
 def table_of(device_name: str) -> Table | None:
     """The table that ships for a device, None where there is none or this Triton is not the one measured."""
-    import triton
-
     path = table_path(device_name)
     if not path.is_file():
         return None
     table = read_table(path)
-    is_same = _minor(table.versions["triton"]) == _minor(triton.__version__)
-    return table if is_same and table.device == device_name else None
-
-
-def _minor(version: str) -> list[str]:
-    return version.split(".")[:2]
+    return table if is_this_triton(table.versions["triton"]) and table.device == device_name else None
 
 
 def read_table(path: Path) -> Table:

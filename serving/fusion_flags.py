@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm_puzzle.model_configs.ffn_fusion import ALLOWED, KEY, NORMS, read_fusion
 from vllm_puzzle.model_configs.schema import ConfigError
+from vllm_puzzle.serving.own_flags import split_flags
 
 FLAG, NORM_FLAG = "--puzzle-ffn-fusion", "--puzzle-ffn-fusion-norm"
 VALUES = {FLAG: ALLOWED, NORM_FLAG: ", ".join(NORMS)}
@@ -22,21 +23,12 @@ def take_fusion(argv: Sequence[str]) -> tuple[list[str], Any]:
     Both `FLAG VALUE` and `FLAG=VALUE` are read; of several the last counts. Raises ConfigError for a value that is no
     wish at all.
     """
-    rest: list[str] = []
+    rest, given = split_flags(argv, VALUES.__contains__)
     found: dict[str, str] = {}
-    at = 0
-    while at < len(argv):
-        head, equals, value = argv[at].partition("=")
-        name = head.replace("_", "-")
-        at += 1
-        if name not in VALUES:
-            rest.append(argv[at - 1])
-            continue
-        if not equals:
-            if at == len(argv) or argv[at].startswith("--"):
-                raise ConfigError(f"flag {name}: found nothing, allowed: {VALUES[name]}")
-            value, at = argv[at], at + 1
-        found[name] = value
+    for one in given:
+        if one.value is None or one.lacks_value:
+            raise ConfigError(f"flag {one.name}: found nothing, allowed: {VALUES[one.name]}")
+        found[one.name] = one.value
     if not found:
         return rest, None
     if FLAG not in found:

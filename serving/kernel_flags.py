@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from vllm_puzzle.model_configs.schema import ConfigError
 from vllm_puzzle.serving.cpu_defaults import is_cpu_engine
+from vllm_puzzle.serving.own_flags import split_flags
 
 CHOICES = ("auto", "on", "off")
 
@@ -40,19 +41,13 @@ def take_kernel_flags(argv: Sequence[str]) -> list[str]:
 
     Raises ConfigError for a value that is none, and for `on` where no kernel can run.
     """
-    rest: list[str] = []
     flags = {flag.flag: flag for flag in FLAGS}
-    arguments = iter(argv)
-    for argument in arguments:
-        head, equals, value = argument.partition("=")
-        found = flags.get(head.replace("_", "-"))
-        if found is None:
-            rest.append(argument)
-            continue
-        value = value if equals else next(arguments, "")
+    rest, given = split_flags(argv, flags.__contains__)
+    for one in given:
+        value = one.value or ""
         if value not in CHOICES:
-            raise ConfigError(f"flag {found.flag}: found {value!r}, allowed: {', '.join(CHOICES)}")
-        os.environ[found.variable] = value
+            raise ConfigError(f"flag {one.name}: found {value!r}, allowed: {', '.join(CHOICES)}")
+        os.environ[flags[one.name].variable] = value
     for flag in FLAGS:
         if flag.read() == "on" and is_cpu_engine() and not os.environ.get("TRITON_INTERPRET"):
             raise ConfigError(f"flag {flag.flag}: found on with a CPU build of vLLM, allowed: auto, off")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from vllm_puzzle.model_configs.schema import ConfigError
 from vllm_puzzle.serving.cpu_defaults import is_cpu_engine
+from vllm_puzzle.serving.own_flags import split_flags
 
 FLAG = "--puzzle-window-attention"
 VARIABLE = "VLLM_PUZZLE_WINDOW_ATTENTION"
@@ -15,17 +16,9 @@ AUTO, ON, OFF = MODES = ("auto", "on", "off")
 
 def take_window_attention(argv: Sequence[str]) -> list[str]:
     """The arguments without the flag, whose value becomes the variable's; ConfigError for another value."""
-    rest: list[str] = []
-    at = 0
-    while at < len(argv):
-        head, equals, value = argv[at].partition("=")
-        at += 1
-        if head.replace("_", "-") != FLAG:
-            rest.append(argv[at - 1])
-            continue
-        if not equals:
-            value, at = (argv[at] if at < len(argv) else ""), at + 1
-        os.environ[VARIABLE] = _checked(f"flag {FLAG}", value)
+    rest, given = split_flags(argv, FLAG.__eq__)
+    for one in given:
+        os.environ[VARIABLE] = _checked(f"flag {FLAG}", one.value or "")
     if window_attention_mode() == ON and not can_run():
         raise ConfigError(f"flag {FLAG}: found {ON}, allowed: {AUTO} or {OFF} (its kernels run on NVIDIA GPUs)")
     return rest

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from vllm_puzzle.model_configs.schema import ConfigError
 from vllm_puzzle.serving.dial.policy import VARIABLE, load_budgets, load_document, policy_from_environment, read_policy
+from vllm_puzzle.serving.own_flags import split_flags
 
 FLAG = "--puzzle-reasoning"
 
@@ -43,22 +44,13 @@ def take_policy(argv: Sequence[str]) -> list[str]:
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str | None, str]]]:
     """(other arguments, [(key, None for the file; value)]). Both `FLAG VALUE` and `FLAG=VALUE` are read."""
-    rest: list[str] = []
+    rest, given = split_flags(argv, lambda name: name == FLAG or name.startswith(f"{FLAG}."))
     flags: list[tuple[str | None, str]] = []
-    at = 0
-    while at < len(argv):
-        head, equals, value = argv[at].partition("=")
-        name = head.replace("_", "-")
-        at += 1
-        if name != FLAG and not name.startswith(f"{FLAG}."):
-            rest.append(argv[at - 1])
-            continue
-        if not equals:
-            if at == len(argv) or argv[at].startswith("--"):
-                raise ConfigError(f"flag {head}: found nothing, allowed: a {'file' if name == FLAG else 'value'}")
-            value, at = argv[at], at + 1
+    for one in given:
+        if one.value is None or one.lacks_value:
+            raise ConfigError(f"flag {one.head}: found nothing, allowed: a {'file' if one.name == FLAG else 'value'}")
         # A model's name in a key keeps its spelling; the policy's own keys have underscores only.
-        flags.append((None if name == FLAG else head[len(FLAG) + 1 :], value))
+        flags.append((None if one.name == FLAG else one.head[len(FLAG) + 1 :], one.value))
     return rest, flags
 
 
