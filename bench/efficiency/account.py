@@ -12,10 +12,19 @@ from typing import Any
 from vllm_puzzle.bench.efficiency.arm import Arm
 from vllm_puzzle.bench.efficiency.client import TIME, Piece, Reply
 from vllm_puzzle.bench.efficiency.question import Ask, Question
-from vllm_puzzle.bench.efficiency.record import EMPTY, ERROR, LOOP, NO_PARSE, TIMEOUT, TRUNCATED, RequestRecord
+from vllm_puzzle.bench.efficiency.record import (
+    CLIENT,
+    EMPTY,
+    ERROR,
+    LOOP,
+    NO_PARSE,
+    SERVER,
+    TIMEOUT,
+    TRUNCATED,
+    RequestRecord,
+)
 
 OPEN, CLOSE = "<think>", "</think>"
-SERVER, CLIENT = "server", "client"
 CountTokens = Callable[[str], int]
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vllm_puzzle.bench.efficiency.record import ERROR, TIMEOUT, RequestRecord
+from vllm_puzzle.bench.efficiency.record import CLIENT, ERROR, TIMEOUT, RequestRecord
 from vllm_puzzle.bench.efficiency.slo import Slo
 
 
@@ -89,7 +89,13 @@ def tpot_answer(record: RequestRecord) -> float | None:
 
 
 def tpot(record: RequestRecord) -> float | None:
-    """Time per token of the whole output. Markers count: generating them takes the time of any other token."""
+    """Time per token of the whole output. Markers count: generating them takes the time of any other token.
+
+    Where every chunk told its count, over the tokens between the first text and the last exactly. Else a server's total
+    is all there is, in which tokens after the last text, such as the end token, are counted too.
+    """
+    if record.span_tokens is not None and record.token_source != CLIENT:
+        return _per_token(record.first, record.last, record.span_tokens, 0)
     begins_with_thought = record.first_thinking is not None and record.first_thinking == record.first
     first_tokens = record.first_thinking_tokens if begins_with_thought else record.first_answer_tokens
     return _per_token(record.first, record.last, record.output_tokens, first_tokens)
@@ -154,7 +160,7 @@ TIMES = (
     RequestMetric(
         "tpot_answer", "(last - first chunk of the answer) / (N_a - tokens in the first)", "s/token", tpot_answer
     ),
-    RequestMetric("tpot", "(tZ - t1) / (N_o - tokens in the first chunk)", "s/token", tpot),
+    RequestMetric("tpot", "(tZ - t1) / tokens after the first chunk", "s/token", tpot),
 )
 TOKENS = (
     RequestMetric("prompt_tokens", "N_p", "tokens", lambda record: record.prompt_tokens),

@@ -25,6 +25,9 @@ ERROR = "error"  # refused, failed, or broken off
 TIMEOUT = "timeout"  # the client gave up
 OUTCOMES = (CORRECT, WRONG, NO_PARSE, EMPTY, TRUNCATED, LOOP, ERROR, TIMEOUT)
 
+# Whose count of the tokens it is.
+SERVER, CLIENT = "server", "client"
+
 # Warm-up prompts; then what ended before the steady window, within it, and after it.
 WARM_UP, RAMP, STEADY, DRAIN = "warm_up", "ramp", "steady", "drain"
 PHASES = (WARM_UP, RAMP, STEADY, DRAIN)
@@ -48,7 +51,8 @@ class RequestRecord:
     prompt_tokens, cached_tokens, thinking_tokens, answer_tokens: None where neither the server nor a tokenizer tells;
     output_tokens: all generated ones, markers included. token_source: `server` or `client`. end_reason: what the server
     says ended the thought. answer, thought: the texts, where they are kept. level: rung of the task's ladder.
-    span_tokens: of all output, those that came after the first chunk of text and up to the last one.
+    span_tokens: of all output, those that came after the first chunk of text and up to the last one;
+    None where not every chunk told its count.
     """
 
     arm: str

@@ -64,6 +64,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, float | None]]] = {
         {"first_answer": 5.0, "first_answer_tokens": 9},
         {"ttfat": 4.0, "thinking_time": 3.5, "answer_time": 0.0, "tpot_answer": None},
     ),
+    "a count in every chunk": ({"span_tokens": 27}, {"tpot": 3.5 / 27}),
+    "all tokens in one chunk": ({"span_tokens": 0}, {"tpot": None}),
+    "counts that the tokenizer contradicts": ({"span_tokens": 27, "token_source": "client"}, {}),
     "tokens of the first chunks unknown": (
         {"first_thinking_tokens": None, "first_answer_tokens": None},
         {"tpot_thinking": None, "tpot_answer": None, "tpot": None},

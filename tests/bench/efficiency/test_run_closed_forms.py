@@ -111,8 +111,8 @@ def expected_of_one_each() -> dict[str, float | None]:
         # Thinking tokens are 2 ticks apart, answers 1; a single token has no distance.
         "tpot_thinking": [2] * 6,
         "tpot_answer": [1] * 4,
-        # To the last text, over all tokens but those of the first chunk: marker and end token are among them.
-        "tpot": [33 / 19, 1, 14 / 9, 2, 10 / 8, 10 / 8, 2],
+        # To the last text, over the tokens after the first chunk: the marker is among them, the end token is not.
+        "tpot": [33 / 18, 1, 14 / 7, 2, 10 / 7, 10 / 7, 2],
     }
     found: dict[str, float | None] = {}
     for name, ticks in times.items():
