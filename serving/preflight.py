@@ -137,9 +137,24 @@ def check(request: Request) -> ModelRecord | None:
         check_tensor_parallel(served, request.tensor_parallel_size, request.is_expert_parallel)
     if request.load_format in ("auto", "safetensors"):
         _check_weights(path, config, record, plan)
-    if record is not None and (is_described(config) or is_ours(record)):
-        _check_transformers(config, record)
     return served
+
+
+def check_with_transformers(request: Request) -> None:
+    """What only transformers can tell, of a request that `check` has passed.
+
+    Apart, because it imports torch: OpenMP reads the number of threads once, when torch loads it.
+    """
+    path = Path(request.model)
+    if not path.is_dir():
+        return
+    config = read_object(path / "config.json")
+    config[KEY] = asked_fusion(request.fusion, request.hf_overrides, config)
+    record = _read_record(config)
+    if record is not None and (is_described(config) or is_ours(record)):
+        from vllm_puzzle.serving.hf_config import check_transformers_agrees  # late: transformers takes seconds
+
+        check_transformers_agrees(config, record)
 
 
 def _read_record(config: dict[str, Any]) -> ModelRecord | None:
@@ -168,12 +183,6 @@ def _read_plan(config: dict[str, Any], record: ModelRecord | None) -> FusionPlan
         raise ConfigError(f"{PLACE}: found with {DISABLE_OVERRIDES}, allowed: off (vLLM's own class fuses nothing)")
     print(f"[vllm-puzzle]   {plan.sentence}", file=sys.stderr)
     return plan
-
-
-def _check_transformers(config: dict[str, Any], record: ModelRecord) -> None:
-    from vllm_puzzle.serving.hf_config import check_transformers_agrees  # late: transformers takes seconds to import
-
-    check_transformers_agrees(config, record)
 
 
 def _config_file_flags(flags: Sequence[str]) -> list[str]:

@@ -9,7 +9,9 @@ import sys
 from typing import Any
 
 from vllm_puzzle.model_configs.schema import ConfigError
+from vllm_puzzle.serving.late_import import when_imported
 
+INDUCTOR_LOWERING = "torch._inductor.lowering"
 SUPPORTED_VLLM = ((0, 32), (0, 34))
 
 
@@ -296,6 +298,21 @@ def fork_engine_core() -> None:
     engine_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
 
 
+def patch_inductor_late() -> None:
+    """Import vLLM without torch's Inductor behind it, which vLLM imports only to patch it: the patch waits until
+    somebody else does. Nothing is done where either is imported already."""
+    if "vllm" in sys.modules or INDUCTOR_LOWERING in sys.modules:
+        return
+    sys.modules[INDUCTOR_LOWERING] = None  # type: ignore[assignment]  # to import it is an ImportError: no patch
+    try:
+        from vllm import env_override
+    except ImportError:  # with a torch for which vLLM has more patches: it will be imported as it wants
+        return
+    finally:
+        del sys.modules[INDUCTOR_LOWERING]
+    when_imported(INDUCTOR_LOWERING, lambda _: env_override._patch_inductor_fallback_allow_list())
+
+
 def reasoning_config(engine_client: Any) -> Any:
     """vLLM's ReasoningConfig; None without a reasoning parser.
 
@@ -375,7 +392,6 @@ def spread_temperatures_on_cpu() -> None:
 
 def enforce_thinking_budgets_v2() -> None:
     """The same in the V2 runner, once somebody imports its sampler, which takes 2 s. Repeatable."""
-    from vllm_puzzle.serving.late_import import when_imported
 
     def use_device_budgets(sampler: Any) -> None:
         from vllm_puzzle.serving.thinking_v2 import DeviceThinkingBudgets

@@ -34,6 +34,13 @@ LEDGER = (
         remove_when="as above",
     ),
     LedgerEntry(
+        target="vllm.env_override:_patch_inductor_fallback_allow_list",
+        why="vLLM imports Inductor only to patch it, half a second before any server that never compiles; `serve` in "
+        "eager mode on CPU lets the patch wait until somebody imports Inductor",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/env_override.py (its other patches do wait)",
+        remove_when="this patch waits too",
+    ),
+    LedgerEntry(
         target="vllm.v1.engine.utils:get_mp_context",
         why="vLLM's CPU platform forces the spawn method, so that EngineCore imports vLLM again (8 s on two cores); "
         "`serve` forks it on CPU when one rank does all the work.",

@@ -13,6 +13,7 @@ import openai
 import pytest
 import server
 from vllm_puzzle.bench.pocket_eval import evaluate, format_summary
+from vllm_puzzle.serving.startup_measurement import NAMES, Start, starting
 
 pytestmark = pytest.mark.slow
 
@@ -36,9 +37,14 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def client(log: Path) -> Iterator[openai.OpenAI]:
-    with server.running(log) as url:
-        yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+def start(log: Path) -> Iterator[Start]:
+    with starting(server.command("serve"), log) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(start: Start) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{start.url}/v1", api_key="none", max_retries=0)
 
 
 def ask(client: openai.OpenAI, question: str = QUESTION, **options: Any) -> Any:
@@ -147,3 +153,17 @@ def test_the_start_tells_each_step_the_url_and_a_request_to_try(client: openai.O
     chosen = {line.split("default ")[1].split("=")[0] for line in lines if "default " in line}
     assert {"OMP_NUM_THREADS", "kv_cache_memory_bytes", "enforce_eager"} <= chosen
     assert re.search(r"^curl -s http://127\.0\.0\.1:\d+/v1/chat/completions ", log.read_text(), re.MULTILINE)
+
+
+def test_the_measured_phases_of_a_start_are_all_there_and_make_up_the_whole(start: Start) -> None:
+    assert tuple(start.phases) == NAMES
+    for unit, whole in start.total.items():
+        parts = [phase[unit] for phase in start.phases.values()]
+        assert min(parts) >= 0
+        assert sum(parts) == pytest.approx(whole, abs=0.0005 * (len(parts) + 1))  # each is rounded to a millisecond
+    _, api, engine = start.total.values()
+    assert start.answer == ANSWER
+    # The API process imports for seconds, before there is an engine process; the engine's work is its own.
+    assert start.phases["imports"]["api_cpu_s"] > 1 > start.phases["imports"]["engine_cpu_s"]
+    assert start.phases["worker"]["wall_s"] > 0 and engine > 0.1
+    assert api + engine < 35  # the target for the wall clock, in what neighbours on the cores cannot lengthen
