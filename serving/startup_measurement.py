@@ -258,6 +258,14 @@ def medians(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def commit_of(python: str) -> str:
+    """The commit of the sources that the installation of `python` runs, `+` where they are changed; else no text."""
+    code = "import vllm_puzzle.serving; print(vllm_puzzle.serving.__path__[0])"
+    found = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    git = ["git", "-C", found.stdout.strip(), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True, timeout=60).stdout.strip()
+
+
 def main() -> None:
     """The whole table as one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -277,6 +285,7 @@ def main() -> None:
     document = {
         **about_machine(),
         "what": "vllm-puzzle serve with the packaged model, from the command to the first answer; medians of the rows",
+        "commits": {name: commit_of(python) for name, python in pythons.items()},
         "starts": arguments.starts,
         "medians": {name: medians(found) for name, found in rows.items()},
         "imports": imports,
