@@ -11,7 +11,7 @@ between the last two is what the definitions differ in:
 - their last token is the last chunk, which may be the end token alone; ours is the last text.
 
 vLLM's tool runs in a process of its own, by its functions (`vllm.benchmarks.serve`): a distribution of vLLM that goes
-by another name has no `vllm` command.
+by another name has no `vllm` command. It reads its questions with pandas, which must be installed.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ SCHEMA_VERSION = 1
 OURS, THEIRS = "ours", "vllm"
 MAX_TOKENS = 512
 LIMIT_S = 570.0
+TRIES = 4  # of a run of ours for which the client was too slow
 START = """
 import argparse, asyncio, sys
 from vllm.benchmarks import serve
@@ -159,9 +160,11 @@ def measure_ours(options: argparse.Namespace, folder: Path, seed: int) -> dict[s
     words += ["--num-prompts", str(options.num_prompts), "--max-concurrency", str(options.max_concurrency)]
     words += ["--num-warmups", str(options.max_concurrency), "--seed", str(seed), "--temperature", "0"]
     words += ["--thinking", options.thinking, "--max-tokens", str(MAX_TOKENS), "--prefix-cache", "salted"]
-    words += ["--out", str(folder)] + ([] if options.nice is None else ["--nice", str(options.nice)])
-    if run(words):
-        raise ConfigError(f"cross-check, seed {seed}: found a run that is not valid, allowed: quiet cores")
+    words += [] if options.nice is None else ["--nice", str(options.nice)]
+    tries = [folder / str(number) for number in range(TRIES)]
+    folder = next((attempt for attempt in tries if run([*words, "--out", str(attempt)]) == 0), folder)
+    if folder not in tries:
+        raise ConfigError(f"cross-check, seed {seed}: found {TRIES} runs that are not valid, allowed: quiet cores")
     records = measured(read_records(folder / "requests.jsonl"))
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return {OURS: from_summary(summary), "ours_by_their_definitions": _plain(by_their_definitions(records))}

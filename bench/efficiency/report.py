@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vllm_puzzle.bench.efficiency import html
 from vllm_puzzle.bench.efficiency.charts import (

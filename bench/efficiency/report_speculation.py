@@ -1,4 +1,4 @@
-"""The report's section on speculative decoding: what is accepted, by position and task, and what it gains under a load."""
+"""The report's section on speculative decoding: what is accepted, by position and task, and its speed-up by load."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def block_rates(run: ReportRun) -> dict[int, float]:
     tokens: Counter[int] = Counter()
     for record in run.facts.ended_inside(run.records):
         tokens[record.block] += record.output_tokens or 0
-    return {window.block: tokens[window.block] / window.duration for window in run.facts.windows if tokens[window.block]}
+    return {
+        window.block: tokens[window.block] / window.duration for window in run.facts.windows if tokens[window.block]
+    }
 
 
 def _gain(run: ReportRun, runs: Sequence[ReportRun]) -> list[str] | None:

@@ -29,14 +29,10 @@ def test_vllms_tool_and_ours_measure_a_server_of_known_behaviour_alike(tmp_path:
     with served(*settings) as (url, _):
         command = [sys.executable, "-P", "-m", "vllm_puzzle.bench.efficiency.cross_check", "--base-url", url]
         command += ["--model", "mock", "--tokenizer", str(POCKET), "--task", "repeat", "--num-prompts", "24"]
-        command += ["--max-concurrency", "4", "--rounds", "1", "--out", str(out)]
+        command += ["--max-concurrency", "4", "--rounds", "1", "--nice", "-10", "--out", str(out)]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=300, env=os.environ | {"HF_HUB_OFFLINE": "1"}
         )
-    # A busy machine may make our client late; then it says so and there is nothing to compare.
-    if "quiet cores" in done.stderr:
-        assert "event loop late" in done.stdout + done.stderr
-        return
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     (whole,) = found["rounds"]
@@ -45,9 +41,9 @@ def test_vllms_tool_and_ours_measure_a_server_of_known_behaviour_alike(tmp_path:
     assert [row["quantity"] for row in found["rows"]] == list(QUANTITIES)
     for row in found["rows"]:
         assert abs(row["ratio"] - 1) < LATE, row
-    # The mock sends the role with the first token, so both tools' first token is the script's.
-    for column in (THEIRS, OURS):
-        assert 0 <= whole[column]["ttft_mean"] - (PREFILL + THINKING) < LATE * PREFILL, column
+    # The mock sends the role when the prefill ends, a token's time before the first text: theirs counts it as a token.
+    for column, first in ((THEIRS, PREFILL), (OURS, PREFILL + THINKING)):
+        assert 0 <= whole[column]["ttft_mean"] - first < LATE * PREFILL, column
         assert ANSWERING < whole[column]["tpot_mean"] < THINKING * (1 + LATE), column
     assert "| ttft mean |" in done.stdout
 
