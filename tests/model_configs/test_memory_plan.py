@@ -268,7 +268,7 @@ def test_the_lines_of_a_mixed_model_name_what_each_group_of_layers_holds() -> No
 
 # Nine heads: no tensor parallelism, so that several flags must go together.
 NINE_HEADS = model(*[LayerRecord(Attention(9, 3, 128), GatedFFN(28673))] * 52, hidden=8192, vocab=128256)
-TIGHT = [
+TIGHT: list[tuple[ModelRecord, dict[str, Any]]] = [
     (LLAMA_70B, {"max_model_len": 32_768}),
     (LLAMA_70B, {"gpu": GPUS["H200-141"], "weights": "bf16", "kv_dtype": "bf16"}),
     (SUPER_49B, {"gpu": GPUS["L40S-48"]}),
