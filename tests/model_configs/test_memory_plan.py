@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm_puzzle.model_configs.activation_memory import RUNTIME_BYTES, activation_bytes, largest_layer
+from vllm_puzzle.model_configs.catalogue import find
 from vllm_puzzle.model_configs.ffn_fusion import Fusion, fuse, plan_fusion
-from vllm_puzzle.model_configs.inspect_model import load_record
 from vllm_puzzle.model_configs.memory_plan import (
     GPUS,
     MemoryPlan,
@@ -33,24 +32,23 @@ from vllm_puzzle.model_configs.schema import (
 )
 from vllm_puzzle.model_configs.tensors import kv_bytes_per_token
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 GIB, MIB = 2**30, 2**20
 
 
 def published(name: str) -> ModelRecord:
-    return load_record(CONFIGS / name)
+    return find(name).record()
 
 
 def model(*layers: LayerRecord, hidden: int = 24, vocab: int = 51, family: str = "llama") -> ModelRecord:
     return ModelRecord(family, "AnyModel", vocab, hidden, layers, 131072, 1e-5, Rope())
 
 
-SUPER_49B = published("nemotron-super-49b-v1.json")
-LLAMA_70B = model(*[LayerRecord(Attention(64, 8, 128), GatedFFN(28672))] * 80, hidden=8192, vocab=128256)
+SUPER_49B = published("llama-3.3-nemotron-super-49b-v1")
+LLAMA_70B = published("llama-3.3-70b-instruct")
 LLAMA_8B = model(*[LayerRecord(Attention(32, 8, 128), GatedFFN(14336))] * 32, hidden=4096, vocab=128256)
-OSS_120B = published("gpt-oss-120b.json")
-PUZZLE_88B = published("gpt-oss-puzzle-88b.reconstructed.json")
-NANO = published("nemotron-3-nano.json")
+OSS_120B = published("gpt-oss-120b")
+PUZZLE_88B = published("gpt-oss-puzzle-88b")
+NANO = published("nemotron-3-nano-30b-a3b")
 USUAL: dict[str, Any] = {
     "weights": "fp8",
     "kv_dtype": "fp8",
@@ -106,9 +104,9 @@ def test_a_request_of_gpt_oss_takes_the_papers_mib(tokens: int, puzzle: int, par
 @pytest.mark.parametrize(
     ("name", "megabytes", "mambas", "channels"),
     [
-        ("nemotron-3-nano.json", 48.2, 23, 64 * 64 + 2 * 8 * 128),
-        ("nemotron-3-super.json", 167.8, 40, 128 * 64 + 2 * 8 * 128),
-        ("nemotron-3-ultra.json", 402.7, 48, 256 * 64 + 2 * 8 * 128),
+        ("nemotron-3-nano-30b-a3b", 48.2, 23, 64 * 64 + 2 * 8 * 128),
+        ("nemotron-3-super-120b-a12b-fp8", 167.8, 40, 128 * 64 + 2 * 8 * 128),
+        ("nemotron-3-ultra-550b-a55b", 402.7, 48, 256 * 64 + 2 * 8 * 128),
     ],
 )
 def test_mamba_states_take_the_papers_megabytes(name: str, megabytes: float, mambas: int, channels: int) -> None:
@@ -333,7 +331,7 @@ def test_advice_covers_every_flag_that_can_help() -> None:
 
 def test_there_is_no_advice_where_it_fits_or_nothing_helps() -> None:
     assert plan_memory(SUPER_49B, **USUAL).advice() == ()
-    ultra = published("nemotron-ultra-253b-v1.json")
+    ultra = published("llama-3.1-nemotron-ultra-253b-v1")
     assert plan_memory(ultra, **(USUAL | {"gpu": replace(GPUS["L40S-48"], memory_bytes=8 * GIB)})).advice() == ()
 
 
@@ -349,9 +347,9 @@ def test_there_is_no_advice_where_it_fits_or_nothing_helps() -> None:
         (LLAMA_70B, "fp8", "fp8", "H200-141"),
         # OpenAI: 120b on one 80 GB card, 20b within 16 GB
         (OSS_120B, "mxfp4", "bf16", "A100-80"),
-        (published("gpt-oss-20b.json"), "mxfp4", "bf16", "L40S-48"),
+        (published("gpt-oss-20b"), "mxfp4", "bf16", "L40S-48"),
         # 550B parameters: one byte each is more than 4 of any card, 2 bytes are 1.1 TB of a node's 1.4
-        (published("nemotron-3-ultra.json"), "bf16", "fp8", "8 x B200-192"),
+        (published("nemotron-3-ultra-550b-a55b"), "bf16", "fp8", "8 x B200-192"),
     ],
 )
 def test_the_smallest_gpu_is_the_known_one(record: ModelRecord, weights: str, kv_dtype: str, expected: str) -> None:
@@ -359,7 +357,7 @@ def test_the_smallest_gpu_is_the_known_one(record: ModelRecord, weights: str, kv
 
 
 def test_no_smaller_choice_than_the_smallest_gpu_serves_the_request() -> None:
-    ultra = published("nemotron-ultra-253b-v1.json")
+    ultra = published("llama-3.1-nemotron-ultra-253b-v1")
     count, card = smallest_gpu(ultra, "bf16", "bf16").split(" x ")
     settings: dict[str, Any] = {
         "weights": "bf16", "kv_dtype": "bf16", "max_model_len": 32_768, "max_num_seqs": 1,
