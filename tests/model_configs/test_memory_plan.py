@@ -17,7 +17,7 @@ from vllm_puzzle.model_configs.memory_plan import (
     smallest_gpu,
     weight_bytes,
 )
-from vllm_puzzle.model_configs.memory_settings import FLAGS
+from vllm_puzzle.model_configs.memory_settings import FLAGS, MemorySettings, flags_that_fit
 from vllm_puzzle.model_configs.request_memory import kv_bytes_of_request, state_bytes_of_request
 from vllm_puzzle.model_configs.schema import (
     Attention,
@@ -329,6 +329,15 @@ def test_advice_covers_every_flag_that_can_help() -> None:
     assert found == set(FLAGS)
 
 
+@pytest.mark.parametrize("limit", range(13, 140, 9))
+def test_the_largest_size_is_found_wherever_the_limit_lies(limit: int) -> None:
+    plain = {name: value for name, value in USUAL.items() if name != "gpu"}
+    settings = MemorySettings(**(plain | {"max_model_len": 140, "max_num_seqs": 140}), gpu=GPUS["H100-80"])
+    assert flags_that_fit(settings, lambda tried: tried.max_num_seqs <= limit) == (f"--max-num-seqs {limit}",)
+    expected = () if limit < 16 else (f"--max-model-len {limit // 16 * 16}",)
+    assert flags_that_fit(settings, lambda tried: tried.max_model_len <= limit) == expected
+
+
 def test_there_is_no_advice_where_it_fits_or_nothing_helps() -> None:
     assert plan_memory(SUPER_49B, **USUAL).advice() == ()
     ultra = published("llama-3.1-nemotron-ultra-253b-v1")
@@ -348,6 +357,13 @@ def test_there_is_no_advice_where_it_fits_or_nothing_helps() -> None:
         # OpenAI: 120b on one 80 GB card, 20b within 16 GB
         (OSS_120B, "mxfp4", "bf16", "A100-80"),
         (published("gpt-oss-20b"), "mxfp4", "bf16", "L40S-48"),
+        # 241 GB, or half of it, against cards of 150
+        (published("nemotron-3-super-120b-a12b-fp8"), "bf16", "fp8", "2 x H200-141"),
+        # 70.9 GB leave 3.7 on an 80 GB card; 32,768 tokens take 5.2, 16,384 half of it
+        (replace(LLAMA_70B, layers=LLAMA_70B.layers[:78]), "fp8", "fp8", "H200-141"),
+        (replace(LLAMA_70B, layers=LLAMA_70B.layers[:78], max_position_embeddings=16_384), "fp8", "fp8", "A100-80"),
+        # 40 layers: 72 GB, padded to 78 on an A100
+        (replace(OSS_120B, layers=(*OSS_120B.layers, *OSS_120B.layers[:4])), "mxfp4", "fp8", "H100-80"),
         # 550B parameters: one byte each is more than 4 of any card, 2 bytes are 1.1 TB of a node's 1.4
         (published("nemotron-3-ultra-550b-a55b"), "bf16", "fp8", "8 x B200-192"),
     ],

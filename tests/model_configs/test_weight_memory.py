@@ -115,6 +115,13 @@ def test_an_odd_gpt_oss_in_mxfp4_weighs_what_a_hand_computes() -> None:
     assert weight_bytes(record, "bf16") == 2 * num_parameters(record)
 
 
+def test_ranks_of_gpt_oss_cut_the_experts_and_repeat_the_biases_that_are_added_after_the_sum() -> None:
+    record = model(LayerRecord(Attention(4, 2, 8, has_sinks=True), MoE(5, 2, 64)), hidden=32, family="gpt_oss")
+    by_name = {part.name: part.num_bytes for part in weight_parts(record, "bf16", tensor_parallel_size=2)}
+    # gate_up 32 x 128 and down 64 x 32 by half, gate_up's 128 biases too, down's 32 whole
+    assert by_name["experts"] == 5 * 2 * (32 * 64 + 32 * 32 + 64 + 32)
+
+
 HYBRID = model(
     LayerRecord(Mamba2(4, 8, 16, 2, 4), None),
     LayerRecord(None, MoE(3, 2, 40, shared_intermediate_size=56, latent_size=16)),
@@ -171,6 +178,17 @@ def test_a_quantization_entry_is_read_under_the_names_of_nemotron_h() -> None:
     # in_proj and the output matrix, one byte an entry less, two scales each
     saved = 24 * (2 * 32 + 64 + 4) + 51 * 24 - 2 * 8
     assert found - weight_bytes(HYBRID, "fp8", quantization=everything) == saved
+
+
+def test_a_quantization_entry_is_read_for_each_parallel_block() -> None:
+    blocks = tuple(LayerRecord(None, GatedFFN(width)) for width in (40, 56))
+    record = model(LayerRecord(None, None, blocks), LayerRecord(Attention(6, 2, 8), None), family="nemotron-nas")
+    entry = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head", "*parallel_blocks.1.mlp*"]}
+    quantization = read_quantization(record, entry)
+    assert quantization is not None
+    found = weight_bytes(record, "fp8", quantization=quantization)
+    assert found == bytes_of_table(record, quantization)
+    assert found - weight_bytes(record, "fp8") == 3 * (24 * 56 - 8)
 
 
 def test_ranks_hold_their_part_and_repeat_kv_heads_norms_and_routers() -> None:
