@@ -199,10 +199,11 @@ def measure_theirs(options: argparse.Namespace, folder: Path, seed: int) -> dict
 
 def cross_check(options: argparse.Namespace) -> dict[str, Any]:
     """All rounds, and the comparison."""
-    rounds = []
+    rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(options.rounds):
-            options.seed, found = number, {}
+            options.seed = number
+            found: dict[str, Any] = {}
             tools = (measure_ours, measure_theirs)
             for tool in tools if number % 2 == 0 else tools[::-1]:
                 found |= tool(options, Path(folder) / f"{number}-{tool.__name__}", number)

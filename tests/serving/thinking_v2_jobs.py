@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
 from vllm_puzzle.bench.pocket_tasks import heldout
 from vllm_puzzle.kernels.thinking import ThinkingMarkers
 from vllm_puzzle.serving.thinking_plan import markers_to_wire
@@ -40,6 +39,8 @@ ENGINES: dict[str, dict[str, Any]] = {  # the last one also cuts prompts into ch
 
 @cache
 def prompts() -> list[list[int]]:
+    from transformers import AutoTokenizer  # not before `prepare`: it brings Triton
+
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     questions = [item.question for item in heldout(2026, 1) if item.level >= 5]
     text = [
@@ -70,10 +71,9 @@ def jobs(runner: str) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     for key in [key for key in os.environ if key.startswith("VLLM_")]:
         del os.environ[key]
-    wanted = jobs(sys.argv[1])
     v2_run.prepare(sys.argv[1])
     results = []
-    for job in wanted:
+    for job in jobs(sys.argv[1]):
         results.append(v2_run.run(job))
         gc.collect()
     print(json.dumps(results))
