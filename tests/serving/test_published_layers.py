@@ -17,9 +17,9 @@ from vllm_puzzle.model_configs.formats import read_model
 from vllm_puzzle.model_configs.schema import Attention, GatedFFN, LayerRecord, MoE
 
 ORIGINALS = {
-    "nemotron super 49b": "nemotron-super-49b-v1",
-    "nemotron ultra 253b": "nemotron-ultra-253b-v1",
-    "gpt-oss-puzzle 88b": "gpt-oss-puzzle-88b.reconstructed",
+    "nemotron super 49b": "llama-3.3-nemotron-super-49b-v1",
+    "nemotron ultra 253b": "llama-3.1-nemotron-ultra-253b-v1",
+    "gpt-oss-puzzle 88b": "gpt-oss-puzzle-88b",
 }
 
 
@@ -36,7 +36,9 @@ def kind(layer: LayerRecord) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_a_toy_has_its_originals_kinds_and_order_of_sizes(root: Path, name: str) -> None:
-    original = read_model(json.loads((root / "tests" / "configs" / f"{ORIGINALS[name]}.json").read_text())).layers
+    original = read_model(
+        json.loads((root / "model_configs" / "published" / f"{ORIGINALS[name]}.json").read_text())
+    ).layers
     toy = read_model(published.PUBLISHED[name]).layers
     assert [kind(layer) for layer in toy] == [kind(layer) for layer in original]
     for size in (
