@@ -142,8 +142,8 @@ def plan_cache(record: ModelRecord, setup: CacheSetup, available_bytes: int, is_
             if available_bytes >= needed:
                 raise
             raise ConfigError(
-                f"KV cache of {record.architecture}: found {available_bytes:,} bytes, allowed: at least {needed:,}, for one "
-                f"request of {setup.max_model_len:,} tokens"
+                f"KV cache of {record.architecture}: found {available_bytes:,} bytes, allowed: at least {needed:,}, "
+                f"for one request of {setup.max_model_len:,} tokens"
             ) from error
 
 

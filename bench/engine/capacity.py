@@ -70,7 +70,13 @@ CASES: tuple[CapacityCase, ...] = (
         max_model_len=24_576,
     ),
     *_suite("nano3", [("nemotron-3-nano-30b-a3b", "bf16")], ("bf16",), gpus=("H100-80",), max_model_len=24_576),
-    *_suite("super3", [("nemotron-3-super-120b-a12b-nvfp4", "nvfp4")], ("fp8",), gpus=("H100-80", "H200-141"), max_model_len=73_728),
+    *_suite(
+        "super3",
+        [("nemotron-3-super-120b-a12b-nvfp4", "nvfp4")],
+        ("fp8",),
+        gpus=("H100-80", "H200-141"),
+        max_model_len=73_728,
+    ),
     # What is left on each of eight H100 as NVIDIA's report says (papers.md, 6): FP8, and NVFP4 as W4A16.
     *(
         CapacityCase(
@@ -82,7 +88,7 @@ CASES: tuple[CapacityCase, ...] = (
 
 
 def capacity_rows(cases: Sequence[CapacityCase]) -> list[dict[str, Any]]:
-    """A row of JSON values per case: its fields, available GiB of one GPU, ours and stock's plan, or why it has none."""
+    """A row of JSON values per case: its fields, GiB left on one GPU, ours and stock's plan, or why it has none."""
     return [_row(case) for case in cases]
 
 
@@ -160,7 +166,7 @@ def vllm_version() -> str:
 def suite_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of `capacity_rows` as a Markdown table."""
     lines = [
-        "| suite | model | weights, KV | card | request | KV GiB | tokens | concurrency | vLLM's grouping | MiB/request |",
+        "| suite | model | weights, KV | card | request | GiB | tokens | concurrency | vLLM's grouping | MiB/request |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -1,8 +1,9 @@
 """The papers' derived KV figures beside vLLM's planner: same bytes available, same lengths, ours and vLLM's grouping.
 
-What the figures assume is set here for each, so that a difference is the planner's: whole blocks, groups padded to one
-width, tokens in flight. Sections are those of the arithmetic's collection (papers); arXiv numbers of the papers
-themselves: 49B 2411.19146, 253B 2505.00949, gpt-oss-puzzle-88B 2602.11937, Nemotron 3 2512.20856.
+The figures follow from the published shapes (49B: arXiv 2411.19146, 253B: 2505.00949, gpt-oss-puzzle-88B: 2602.11937,
+Nemotron 3: 2512.20856) by arithmetic that is set up again here, so that a difference is the planner's: whole blocks,
+groups padded to one width, tokens in flight. 21.51 and 2,819,653 tokens are what an engine reported (fakoli/
+anvil-serving @5f4c7630, vLLM 0.23.1rc on an RTX PRO 6000).
 """
 
 from __future__ import annotations
@@ -41,28 +42,44 @@ NEMOTRON_3 = {  # SSM state of one request in MB, KV bytes of a token in FP8
     "nemotron-3-super-120b-a12b-nvfp4": (167.8, 4096),
     "nemotron-3-ultra-550b-a55b": (402.7, 6144),
 }
+PADDED = "groups of 9, 9 and 8 windowed layers take as much as the 10 full ones; whole blocks"
 
 Row = dict[str, Any]
 
 
 def paper_rows() -> list[Row]:
-    """A row per figure: what, unit, paper, ours, stock, exact (without blocks, padding, tokens in flight) and why."""
+    """A row per figure: what, unit, paper, ours, stock, exact (without blocks, padding, tokens in flight).
+
+    `why` says what sets ours apart from exact, `paper_differs` what sets the paper's figure apart from exact.
+    """
     parts = (_token_bytes, _dense_tokens, _ultra_tokens, _concurrency, _reported, _mib_per_request, _mamba)
     return [row for part in parts for row in part()]
 
 
 def admission_rows() -> list[Row]:
-    """gpt-oss-puzzle at 131,072 tokens on the RTX PRO 6000: what vLLM reports, and how many requests it then holds."""
-    record, rows = find(PUZZLE).record(), []
-    for batched in (*BATCHED, 512):
-        for is_async in (True, False):
-            row: Row = {"max_num_batched_tokens": batched, "is_async": is_async}
-            setup = CacheSetup(RTX_LENGTH, batched, "fp8", is_async=is_async)
-            for name, is_stock in (("ours", False), ("stock", True)):
-                row[f"{name}_reported"] = round(_capacity(record, RTX_BYTES, setup, is_stock).concurrency, 2)
-                row[f"{name}_held"] = held_requests(record, setup, RTX_BYTES, is_stock)
-            rows.append(row)
-    return rows
+    """Windowed models in FP8 KV at their full length: what vLLM reports, and how many requests it then holds."""
+    rtx = [(PUZZLE, "RTX PRO 6000", RTX_LENGTH, batched, is_async) for batched in BATCHED for is_async in (True, False)]
+    small = [(PUZZLE, "RTX PRO 6000", RTX_LENGTH, 512, False)]
+    short = [(model, card, 8192, 8192, True) for card in KV_GIB for model in (GPT_OSS, PUZZLE)]
+    return [admission_row(*case) for case in (*rtx, *small, *short)]
+
+
+def admission_row(model: str, card: str, length: int, batched: int, is_async: bool) -> Row:
+    """One row of `admission_rows`, in the figures' bytes of that card."""
+    record, setup = find(model).record(), CacheSetup(length, batched, "fp8", is_async=is_async)
+    available = int(KV_GIB[card][model] * GIB) if card in KV_GIB else RTX_BYTES
+    row: Row = {
+        "model": model,
+        "card": card,
+        "max_model_len": length,
+        "max_num_batched_tokens": batched,
+        "is_async": is_async,
+        "exact": round(available / least_bytes(record, setup), 2),
+    }
+    for name, is_stock in (("ours", False), ("stock", True)):
+        row[f"{name}_reported"] = round(_capacity(record, available, setup, is_stock).concurrency, 2)
+        row[f"{name}_held"] = held_requests(record, setup, available, is_stock)
+    return row
 
 
 def _capacity(record: ModelRecord, available_bytes: int, setup: CacheSetup, is_stock: bool = False) -> Capacity:
@@ -79,10 +96,11 @@ def _capacity(record: ModelRecord, available_bytes: int, setup: CacheSetup, is_s
     )
 
 
-def _row(figure: str, unit: str, paper: float | None, ours: float, why: str = "", **more: float) -> Row:
-    numbers = {"paper": paper, "ours": ours, **more}
-    rounded = {name: None if value is None else round(value, 3) for name, value in numbers.items()}
-    return {"figure": figure, "unit": unit, **rounded, "why": why}
+def _row(
+    figure: str, unit: str, paper: float, ours: float, why: str = "", paper_differs: str = "", **more: float
+) -> Row:
+    numbers = {"paper": paper, **{name: round(value, 3) for name, value in {"ours": ours, **more}.items()}}
+    return {"figure": figure, "unit": unit, **numbers, "why": why, "paper_differs": paper_differs}
 
 
 def _steady(length: int, kv_dtype: str, tensor_parallel_size: int = 1) -> CacheSetup:
@@ -127,8 +145,9 @@ def _ultra_tokens() -> Iterator[Row]:
     for weights, bytes_per_parameter, kv_dtype, paper in (("FP8", 1, "fp8", 3e6), ("bf16", 2, "bf16", 600e3)):
         available = _left(record, "H100", bytes_per_parameter, num_gpus=8)
         tokens = _capacity(record, available, _steady(4096, kv_dtype, 8)).tokens
-        why = "the paper states neither utilisation nor activations, nor the dtype of the KV"
-        yield _row(f"Ultra-253B {weights}, {kv_dtype} KV on 8 x H100", "tokens", paper, tokens, why)
+        differs = "it states neither utilisation nor activations, nor the KV's dtype beside bf16 weights"
+        figure = f"Ultra-253B in {weights}, {kv_dtype} KV on 8 x H100"
+        yield _row(figure, "tokens", paper, tokens, paper_differs=differs)
 
 
 def _concurrency() -> Iterator[Row]:
@@ -142,8 +161,10 @@ def _concurrency() -> Iterator[Row]:
                 "requests",
                 paper,
                 _capacity(record, available, setup).concurrency,
+                PADDED if model == PUZZLE else "",
                 stock=_capacity(record, available, setup, is_stock=True).concurrency,
                 exact=available / least_bytes(record, setup),
+                of_gib=KV_GIB[card][model],
             )
 
 
@@ -162,7 +183,8 @@ def _reported() -> Iterator[Row]:
         "requests",
         STEADY,
         _capacity(record, RTX_BYTES, setup).concurrency,
-        "ours pads 9, 9 and 8 windowed layers to the 10 full ones, and has whole blocks",
+        PADDED,
+        "rounded from 1.412 GB a request",
         stock=_capacity(record, RTX_BYTES, setup, is_stock=True).concurrency,
         exact=RTX_BYTES / least_bytes(record, setup),
     )
@@ -175,7 +197,8 @@ def _mib_per_request() -> Iterator[Row]:
             ours, stock = (_capacity(record, 1 << 40, setup, is_stock).decoding_bytes for is_stock in (False, True))
             exact = least_bytes(record, setup) / MIB
             figure = f"{model}, {length:,} tokens, FP8 KV"
-            yield _row(figure, "MiB", paper, ours / MIB, stock=stock / MIB, exact=exact)
+            why = PADDED if model == PUZZLE else ""
+            yield _row(figure, "MiB", paper, ours / MIB, why, stock=stock / MIB, exact=exact)
 
 
 def _mamba() -> Iterator[Row]:
@@ -186,33 +209,36 @@ def _mamba() -> Iterator[Row]:
             plan = _capacity(record, 1 << 40, setup)
             states = sum(group.blocks_per_request for group in plan.groups if group.kind == "mamba")
             name = f"{model}, Mamba state of a request, prefix caching {'on' if has_prefix_caching else 'off'}"
-            why = "with the convolution's state, padded to an attention block; groups to one width"
+            why = "states padded to an attention block, groups to one width"
             why += "; two states a request" if has_prefix_caching else ""
-            exact = least_bytes(record, _steady(1, "fp8")) - token
-            yield _row(name, "MB", state, states * plan.block_bytes / 1e6, why, exact=exact / 1e6)
+            exact = (least_bytes(record, _steady(1, "fp8")) - token) / 1e6
+            differs = "without the convolution's state"
+            yield _row(name, "MB", state, states * plan.block_bytes / 1e6, why, differs, exact=exact)
         (block_size,) = {group.block_size for group in plan.groups if group.kind == "full"}
         yield _row(f"{model}, KV of a token, fp8", "bytes", token, plan.block_bytes / block_size)
 
 
 def paper_table(rows: Sequence[Row]) -> str:
     """Rows of `paper_rows` as a Markdown table."""
-    lines = ["| figure | paper | exact | ours | vLLM's grouping | |", "|---|---|---|---|---|---|"]
+    lines = ["| figure | paper | exact | ours | vLLM's grouping | ours | paper |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         cells = [_number(row.get(key)) for key in ("paper", "exact", "ours", "stock")]
-        lines.append(f"| {row['figure']}, {row['unit']} | {' | '.join(cells)} | {row['why']} |")
+        cells += [row["why"], row["paper_differs"]]
+        lines.append(f"| {row['figure']}, {row['unit']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def admission_table(rows: Sequence[Row]) -> str:
     """Rows of `admission_rows` as a Markdown table."""
     lines = [
-        "| batched tokens | scheduling | reported | held | vLLM's grouping, reported | held |",
-        "|---|---|---|---|---|---|",
+        "| model, card, request | batched tokens | exact | reported | held | vLLM's grouping, reported | held |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        mode = "async" if row["is_async"] else "sync"
-        cells = [row[key] for key in ("ours_reported", "ours_held", "stock_reported", "stock_held")]
-        lines.append(f"| {row['max_num_batched_tokens']:,} | {mode} | {' | '.join(map(str, cells))} |")
+        batched = f"{row['max_num_batched_tokens']:,}, {'async' if row['is_async'] else 'sync'}"
+        cells = [row[key] for key in ("exact", "ours_reported", "ours_held", "stock_reported", "stock_held")]
+        name = f"{row['model']}, {row['card']}, {row['max_model_len']:,}"
+        lines.append(f"| {name} | {batched} | {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
