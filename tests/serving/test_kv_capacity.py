@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import deque
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -201,6 +202,65 @@ def test_full_attention_holds_what_is_reported_and_windows_hold_more(is_async: b
         room = (plan.num_blocks - 1) * plan.block_bytes
         assert plan.concurrency < held
         assert (room - largest) // small <= held <= room // small
+
+
+def running_at_once(record: ModelRecord, setup: CacheSetup, available_bytes: int, is_stock: bool) -> int:
+    """Requests that vLLM's own scheduler has running once more wait than fit, all of them at their full length."""
+    from vllm import SamplingParams
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    config, plan = capacity.plan_cache(record, setup, available_bytes, is_stock)
+    config.cache_config.num_gpu_blocks, config.cache_config.enable_prefix_caching = plan.num_blocks, False
+    config.scheduler_config.max_num_seqs = 64
+    scheduler = (AsyncScheduler if setup.is_async else Scheduler)(
+        config, plan, StructuredOutputManager(config), block_size=setup.block_size
+    )
+    prompt = [0] * (setup.max_model_len - 6)
+    for number in range(64):
+        scheduler.add_request(Request(str(number), prompt, SamplingParams(max_tokens=9, ignore_eos=True), None))
+    flying: deque[Any] = deque()
+    for _ in range(2000):
+        output = scheduler.schedule()
+        assert not output.preempted_req_ids
+        if output.num_scheduled_tokens:
+            flying.append(output)
+        elif not flying:
+            break
+        if len(flying) < (2 if setup.is_async else 1) and output.num_scheduled_tokens:
+            continue
+        done = flying.popleft()
+        requests = [scheduler.requests[name] for name in done.num_scheduled_tokens]
+        # A token each once the prompt is through, four in all: then it stays, and the windows have been trimmed.
+        processed = [r.num_computed_tokens - r.num_in_flight_tokens for r in requests]
+        tokens = [
+            [0] if at + new >= len(prompt) and len(r.output_token_ids) < 4 else []
+            for r, at, new in zip(requests, processed, done.num_scheduled_tokens.values(), strict=True)
+        ]
+        ids = [r.request_id for r in requests]
+        scheduler.update_from_output(
+            done, ModelRunnerOutput(ids, {name: i for i, name in enumerate(ids)}, sampled_token_ids=tokens)
+        )
+    else:
+        raise AssertionError("the scheduler did not come to rest")
+    assert scheduler.waiting and all(r.num_computed_tokens >= setup.max_model_len - 3 for r in scheduler.running)
+    return len(scheduler.running)
+
+
+@pytest.mark.parametrize("is_stock", [True, False])
+@pytest.mark.parametrize("is_async", [True, False])
+@pytest.mark.parametrize("attentions", [(FULL, FULL), (FULL, SMALL, SMALL, LARGE)])
+def test_vllms_scheduler_runs_as_many_at_once_as_are_counted(
+    attentions: tuple[Attention, ...], is_async: bool, is_stock: bool
+) -> None:
+    # Both windows begin in the same blocks at the last six tokens, at which the two come to rest.
+    record, setup = model(*attentions), CacheSetup(1008, 128, "bf16", is_async=is_async)
+    for mebibytes in (5, 9, 13):
+        held = held_requests(record, setup, mebibytes << 20, is_stock)
+        assert running_at_once(record, setup, mebibytes << 20, is_stock) == held > 0
 
 
 def test_kv_heads_are_shared_out_over_tensor_parallel_ranks_and_repeated_where_they_are_too_few() -> None:
