@@ -1,7 +1,7 @@
 """Published configurations, as data (`published/NAME.json`), each with its source. Standard library only.
 
-The files are copies of public ones. One is not: gpt-oss-puzzle-88B's own config.json was not to be had, so that its file
-is a reconstruction from what third parties tell of it; the file, its entry here and `vllm-puzzle models` say so.
+The files are copies of public ones. One is not: gpt-oss-puzzle-88B's own config.json was not to be had, so that its
+file is a reconstruction from what third parties tell of it; the file, its entry and `vllm-puzzle models` say so.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 from vllm_puzzle.model_configs.catalogue import PUBLISHED, Published
 from vllm_puzzle.model_configs.memory_plan import smallest_gpu
-from vllm_puzzle.model_configs.quantization_formats import read_quantization
 from vllm_puzzle.model_configs.request_memory import state_bytes_of_request
 from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord
 from vllm_puzzle.model_configs.tensors import kv_bytes_per_token, num_parameters
@@ -28,7 +27,7 @@ COLUMNS = (
 LEGEND = (
     "KV: bytes that one token takes over all layers, before a window frees them ((n): layers with a window).",
     "state: what the Mamba layers keep for each running request, however long (float32, convolution bf16).",
-    "smallest GPU: weights as published and, where those are bf16, quantized to FP8 as they are loaded.",
+    "smallest GPU: by memory, for one request of 32,768 tokens; where the published weights are bf16, also in FP8.",
     "`vllm-puzzle inspect NAME` shows a model's layers. Multi-token-prediction layers are not counted.",
 )
 
@@ -74,9 +73,7 @@ def describe_published(published: Published) -> dict[str, Any]:
 
 def smallest_gpus(published: Published, record: ModelRecord) -> dict[str, str]:
     """Weights → the smallest GPU: as published, and bf16 weights also in FP8 with an FP8 KV cache."""
-    entry = published.hf_quant_config()  # exact where there is one; else the recipe that the word stands for
-    quantization = read_quantization(record, entry) if entry else None
-    found = {published.served_as: smallest_gpu(record, published.served_as, published.kv, quantization=quantization)}
+    found = {published.served_as: smallest_gpu(record, published.served_as, published.kv)}
     if published.served_as == "bf16":
         found["fp8"] = smallest_gpu(record, "fp8", "fp8")
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import pytest
 from vllm_puzzle.model_configs import catalogue, memory_plan
 from vllm_puzzle.model_configs.catalogue import NAMES, PUBLISHED, Published, find
 from vllm_puzzle.model_configs.inspect_model import inspect
-from vllm_puzzle.model_configs.models_command import describe_published, format_models, models
+from vllm_puzzle.model_configs.models_command import format_models
 from vllm_puzzle.model_configs.quantization_formats import read_quantization
 from vllm_puzzle.model_configs.schema import Attention, ConfigError, LayerRecord, Mamba2
 from vllm_puzzle.serving.cli import main
@@ -41,7 +43,10 @@ SSM_BYTES = {"nano": 23 * 64 * 64 * 128 * 4, "super": 40 * 128 * 64 * 128 * 4, "
 
 @pytest.fixture(scope="module")
 def described() -> dict[str, dict[str, Any]]:
-    return {published.name: describe_published(published) for published in PUBLISHED}
+    """What `vllm-puzzle models --json` prints, by name."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["models", "--json"]) == 0
+    return {model["name"]: model for model in json.loads(printed.getvalue())}
 
 
 def test_the_folder_holds_the_listed_models_and_nothing_else() -> None:
@@ -147,11 +152,15 @@ def test_a_name_is_found_in_any_case_and_an_unknown_one_is_one_line_with_the_all
     assert str(caught.value) == f"published model: found 'gpt-5', allowed: {', '.join(NAMES)}"
 
 
-def test_the_table_has_a_row_per_model(
-    described: dict[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert models([]) == 0
-    lines = capsys.readouterr().out.splitlines()
+def test_the_table_has_a_row_per_model_and_needs_neither_torch_nor_vllm(described: dict[str, dict[str, Any]]) -> None:
+    code = (
+        "import sys; from vllm_puzzle.serving.cli import main; assert main(['models']) == 0; "
+        "found = {'torch', 'vllm', 'transformers', 'yaml'} & set(sys.modules); assert not found, found"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert done.stdout == format_models(list(described.values())) + "\n"
     rows = {line.split("  ")[0].rstrip("*"): line for line in lines[2 : 2 + len(NAMES)]}
     assert tuple(rows) == NAMES
     assert lines[2 + len(NAMES)] == ""
@@ -181,11 +190,6 @@ def test_the_smallest_gpu_agrees_with_what_the_cards_and_papers_say(described: d
             count, _, card = gpu.rpartition(" x ")
             assert card in memory_plan.GPUS
             assert count in ("", "2", "4", "8", "more than 8")
-
-
-def test_json_is_the_same_as_data(described: dict[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["models", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == list(described.values())
 
 
 @pytest.mark.parametrize("arguments", [["--jsn"], ["gpt-oss-20b"], ["--json", "--json=1"]], ids=" ".join)
@@ -222,12 +226,3 @@ def test_inspect_refuses_what_is_neither_in_one_line(model: str, capsys: pytest.
     assert not out
     assert "found No such file or directory, allowed: a model directory, a config.json, or a name" in err
     assert len(err.splitlines()) == 1
-
-
-def test_listing_models_needs_neither_torch_nor_vllm() -> None:
-    code = (
-        "import sys; from vllm_puzzle.serving.cli import main; assert main(['models']) == 0; "
-        "found = {'torch', 'vllm', 'transformers', 'yaml'} & set(sys.modules); assert not found, found"
-    )
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr

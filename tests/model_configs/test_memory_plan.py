@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm_puzzle.model_configs.activation_memory import RUNTIME_BYTES, activation_bytes, largest_layer
+from vllm_puzzle.model_configs.catalogue import find
 from vllm_puzzle.model_configs.ffn_fusion import Fusion, fuse, plan_fusion
-from vllm_puzzle.model_configs.inspect_model import load_record
 from vllm_puzzle.model_configs.memory_plan import (
     GPUS,
     MemoryPlan,
@@ -18,7 +17,7 @@ from vllm_puzzle.model_configs.memory_plan import (
     smallest_gpu,
     weight_bytes,
 )
-from vllm_puzzle.model_configs.memory_settings import FLAGS
+from vllm_puzzle.model_configs.memory_settings import FLAGS, MemorySettings, flags_that_fit
 from vllm_puzzle.model_configs.request_memory import kv_bytes_of_request, state_bytes_of_request
 from vllm_puzzle.model_configs.schema import (
     Attention,
@@ -33,24 +32,23 @@ from vllm_puzzle.model_configs.schema import (
 )
 from vllm_puzzle.model_configs.tensors import kv_bytes_per_token
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 GIB, MIB = 2**30, 2**20
 
 
 def published(name: str) -> ModelRecord:
-    return load_record(CONFIGS / name)
+    return find(name).record()
 
 
 def model(*layers: LayerRecord, hidden: int = 24, vocab: int = 51, family: str = "llama") -> ModelRecord:
     return ModelRecord(family, "AnyModel", vocab, hidden, layers, 131072, 1e-5, Rope())
 
 
-SUPER_49B = published("nemotron-super-49b-v1.json")
-LLAMA_70B = model(*[LayerRecord(Attention(64, 8, 128), GatedFFN(28672))] * 80, hidden=8192, vocab=128256)
+SUPER_49B = published("llama-3.3-nemotron-super-49b-v1")
+LLAMA_70B = published("llama-3.3-70b-instruct")
 LLAMA_8B = model(*[LayerRecord(Attention(32, 8, 128), GatedFFN(14336))] * 32, hidden=4096, vocab=128256)
-OSS_120B = published("gpt-oss-120b.json")
-PUZZLE_88B = published("gpt-oss-puzzle-88b.reconstructed.json")
-NANO = published("nemotron-3-nano.json")
+OSS_120B = published("gpt-oss-120b")
+PUZZLE_88B = published("gpt-oss-puzzle-88b")
+NANO = published("nemotron-3-nano-30b-a3b")
 USUAL: dict[str, Any] = {
     "weights": "fp8",
     "kv_dtype": "fp8",
@@ -106,9 +104,9 @@ def test_a_request_of_gpt_oss_takes_the_papers_mib(tokens: int, puzzle: int, par
 @pytest.mark.parametrize(
     ("name", "megabytes", "mambas", "channels"),
     [
-        ("nemotron-3-nano.json", 48.2, 23, 64 * 64 + 2 * 8 * 128),
-        ("nemotron-3-super.json", 167.8, 40, 128 * 64 + 2 * 8 * 128),
-        ("nemotron-3-ultra.json", 402.7, 48, 256 * 64 + 2 * 8 * 128),
+        ("nemotron-3-nano-30b-a3b", 48.2, 23, 64 * 64 + 2 * 8 * 128),
+        ("nemotron-3-super-120b-a12b-fp8", 167.8, 40, 128 * 64 + 2 * 8 * 128),
+        ("nemotron-3-ultra-550b-a55b", 402.7, 48, 256 * 64 + 2 * 8 * 128),
     ],
 )
 def test_mamba_states_take_the_papers_megabytes(name: str, megabytes: float, mambas: int, channels: int) -> None:
@@ -196,9 +194,7 @@ def test_a_fused_ffn_needs_the_activations_of_its_whole_width() -> None:
 
 
 def test_a_plan_of_an_odd_model_adds_up() -> None:
-    record = model(
-        LayerRecord(Attention(6, 2, 8), GatedFFN(40)), LayerRecord(Mamba2(6, 10, 7, 2, 5), None), vocab=1001
-    )
+    record = model(LayerRecord(Attention(6, 2, 8), GatedFFN(40)), LayerRecord(Mamba2(6, 10, 7, 2, 5), None), vocab=1001)
     settings = {"max_num_seqs": 5, "max_num_batched_tokens": 48, "max_model_len": 100, "weights": "bf16"}
     plan = plan_memory(record, **(USUAL | settings), gpu_memory_utilization=0.5)
     weights = weight_bytes(record, "bf16")
@@ -249,7 +245,7 @@ def test_the_lines_show_sums_that_add_up(record: ModelRecord, weights: str, card
     states = value(plan, "states") if plan.state_bytes else 0.0
     left = value(plan, "available") - value(plan, "weights") - states - value(plan, "activations")
     assert left == pytest.approx(value(plan, "left for KV"), abs=0.025)
-    inner = [value(plan, f"  {name}") for name in (plan.peak.kind, "logits", "runtime")]
+    inner = [value(plan, f"  {name}") for name in (f"in layer {plan.peak.layer}", "logits", "runtime")]
     assert sum(inner) == pytest.approx(value(plan, "activations"), abs=0.02)
     assert plan.lines()[-1].startswith("fits" if plan.fits else "does not fit: ")
 
@@ -262,20 +258,24 @@ def test_the_lines_of_a_mixed_model_name_what_each_group_of_layers_holds() -> No
         assert group in line
     assert plan.padding_bytes == 0
     assert [line for line in plan.lines() if line.startswith("  experts")] == [
-        "  experts             36 layers, 86,026,337,280 parameters = 42.56 GiB"
+        "  experts             36 layers, 86,026,199,040 parameters = 42.60 GiB"
     ]
 
 
 # --- advice ----------------------------------------------------------------------------------------------------------
 
-TIGHT = [
+# Nine heads: no tensor parallelism, so that several flags must go together.
+NINE_HEADS = model(*[LayerRecord(Attention(9, 3, 128), GatedFFN(28673))] * 52, hidden=8192, vocab=128256)
+TIGHT: list[tuple[ModelRecord, dict[str, Any]]] = [
     (LLAMA_70B, {"max_model_len": 32_768}),
     (LLAMA_70B, {"gpu": GPUS["H200-141"], "weights": "bf16", "kv_dtype": "bf16"}),
     (SUPER_49B, {"gpu": GPUS["L40S-48"]}),
+    (SUPER_49B, {"max_num_batched_tokens": 131_072}),
     (SUPER_49B, {"max_model_len": 131_072, "kv_dtype": "bf16", "max_num_batched_tokens": 65_536}),
     (NANO, {"weights": "bf16", "max_num_seqs": 512}),
     (OSS_120B, {"weights": "mxfp4", "gpu": GPUS["A100-80"], "max_model_len": 131_072, "kv_dtype": "bf16"}),
     (LLAMA_8B, {"weights": "bf16", "gpu_memory_utilization": 0.2}),
+    (NINE_HEADS, {"weights": "bf16", "gpu": GPUS["L40S-48"]}),
 ]
 READ = {flag: name for name, flag in FLAGS.items()}
 
@@ -300,7 +300,7 @@ def test_every_piece_of_advice_makes_it_fit_and_none_of_its_flags_is_idle(
         changes = read_flags(text)
         assert plan_memory(record, **(wanted | changes)).fits, text
         for name in changes:
-            fewer = {other: value for other, value in changes.items() if other != name}
+            fewer = {other: changes[other] for other in changes if other != name}
             assert not plan_memory(record, **(wanted | fewer)).fits, text
 
 
@@ -311,13 +311,13 @@ def test_a_single_flag_changes_as_little_as_it_can(record: ModelRecord, settings
         changes = read_flags(text)
         if len(changes) > 1:
             continue
-        ((name, value),) = changes.items()
+        ((name, found),) = changes.items()
         steps = {"max_model_len": 16, "max_num_batched_tokens": 16, "max_num_seqs": 1, "gpu_memory_utilization": -0.01}
         if name in steps:
-            milder = value + steps[name]
+            milder = found + steps[name]
             is_change = milder > wanted.get(name, 0.9) if steps[name] < 0 else milder < wanted[name]
         elif name == "tensor_parallel_size":
-            milder, is_change = value // 2, value > 2
+            milder, is_change = found // 2, found > 2
         else:
             continue
         assert not is_change or not plan_memory(record, **(wanted | {name: milder})).fits, text
@@ -329,9 +329,18 @@ def test_advice_covers_every_flag_that_can_help() -> None:
     assert found == set(FLAGS)
 
 
+@pytest.mark.parametrize("limit", range(13, 140, 9))
+def test_the_largest_size_is_found_wherever_the_limit_lies(limit: int) -> None:
+    plain = {name: value for name, value in USUAL.items() if name != "gpu"}
+    settings = MemorySettings(**(plain | {"max_model_len": 140, "max_num_seqs": 140}), gpu=GPUS["H100-80"])
+    assert flags_that_fit(settings, lambda tried: tried.max_num_seqs <= limit) == (f"--max-num-seqs {limit}",)
+    expected = () if limit < 16 else (f"--max-model-len {limit // 16 * 16}",)
+    assert flags_that_fit(settings, lambda tried: tried.max_model_len <= limit) == expected
+
+
 def test_there_is_no_advice_where_it_fits_or_nothing_helps() -> None:
     assert plan_memory(SUPER_49B, **USUAL).advice() == ()
-    ultra = published("nemotron-ultra-253b-v1.json")
+    ultra = published("llama-3.1-nemotron-ultra-253b-v1")
     assert plan_memory(ultra, **(USUAL | {"gpu": replace(GPUS["L40S-48"], memory_bytes=8 * GIB)})).advice() == ()
 
 
@@ -347,9 +356,16 @@ def test_there_is_no_advice_where_it_fits_or_nothing_helps() -> None:
         (LLAMA_70B, "fp8", "fp8", "H200-141"),
         # OpenAI: 120b on one 80 GB card, 20b within 16 GB
         (OSS_120B, "mxfp4", "bf16", "A100-80"),
-        (published("gpt-oss-20b.json"), "mxfp4", "bf16", "L40S-48"),
+        (published("gpt-oss-20b"), "mxfp4", "bf16", "L40S-48"),
+        # 241 GB, or half of it, against cards of 150
+        (published("nemotron-3-super-120b-a12b-fp8"), "bf16", "fp8", "2 x H200-141"),
+        # 70.9 GB leave 3.7 on an 80 GB card; 32,768 tokens take 5.2, 16,384 half of it
+        (replace(LLAMA_70B, layers=LLAMA_70B.layers[:78]), "fp8", "fp8", "H200-141"),
+        (replace(LLAMA_70B, layers=LLAMA_70B.layers[:78], max_position_embeddings=16_384), "fp8", "fp8", "A100-80"),
+        # 40 layers: 72 GB, padded to 78 on an A100
+        (replace(OSS_120B, layers=(*OSS_120B.layers, *OSS_120B.layers[:4])), "mxfp4", "fp8", "H100-80"),
         # 550B parameters: one byte each is more than 4 of any card, 2 bytes are 1.1 TB of a node's 1.4
-        (published("nemotron-3-ultra.json"), "bf16", "fp8", "8 x B200-192"),
+        (published("nemotron-3-ultra-550b-a55b"), "bf16", "fp8", "8 x B200-192"),
     ],
 )
 def test_the_smallest_gpu_is_the_known_one(record: ModelRecord, weights: str, kv_dtype: str, expected: str) -> None:
@@ -357,7 +373,7 @@ def test_the_smallest_gpu_is_the_known_one(record: ModelRecord, weights: str, kv
 
 
 def test_no_smaller_choice_than_the_smallest_gpu_serves_the_request() -> None:
-    ultra = published("nemotron-ultra-253b-v1.json")
+    ultra = published("llama-3.1-nemotron-ultra-253b-v1")
     count, card = smallest_gpu(ultra, "bf16", "bf16").split(" x ")
     settings: dict[str, Any] = {
         "weights": "bf16", "kv_dtype": "bf16", "max_model_len": 32_768, "max_num_seqs": 1,
@@ -373,7 +389,7 @@ def test_no_smaller_choice_than_the_smallest_gpu_serves_the_request() -> None:
 
 
 def test_a_model_beyond_a_node_is_said_to_need_more() -> None:
-    huge = model(*[LayerRecord(Attention(64, 8, 128), GatedFFN(28672))] * 1200, hidden=8192, vocab=128256)
+    huge = model(*[LayerRecord(Attention(64, 8, 128), GatedFFN(16 * 28672))] * 100, hidden=8192, vocab=128256)
     assert smallest_gpu(huge, "bf16", "bf16") == "more than 8 x B200-192"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from dial_models import FAMILIES, NO_SWITCH
-from vllm_puzzle.model_configs.catalogue import NAMES, PUBLISHED, Published
+from vllm_puzzle.model_configs.catalogue import NAMES, Published, find
 from vllm_puzzle.serving.dial import text_switch
 from vllm_puzzle.serving.dial.profile import ARGUMENT, SYSTEM_LINE, TEXT, ModelProfile, known_profiles, profile_of
 
@@ -36,7 +36,7 @@ def words(profile: ModelProfile) -> str:
     elif profile.switch == TEXT:
         assert profile.text == SYSTEM_LINE
         line = text_switch.ON_LINE.removesuffix(" on")
-        assert text_switch.OFF_LINE == f"{line} off"
+        assert f"{line} off" == text_switch.OFF_LINE
         parts.append(f"system line `{line} on|off`, default {profile.default}")
     efforts = [level for level, wanted in profile.levels.items() if wanted == {"reasoning_effort": level}]
     if efforts:
@@ -52,23 +52,21 @@ def profile(published: Published) -> ModelProfile:
     return profile_of(published.record().model_type, published.hub, TEMPLATES[published.name])
 
 
-@pytest.mark.parametrize(
-    "published", [each for each in PUBLISHED if each.name not in UNKNOWN], ids=lambda each: each.name
-)
-def test_the_catalogue_says_of_a_known_family_what_its_profile_does(published: Published) -> None:
-    found = profile(published)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in UNKNOWN])
+def test_the_catalogue_says_of_a_known_family_what_its_profile_does(name: str) -> None:
+    found = profile(find(name))
     assert found.name in {each.name for each in known_profiles()}
-    assert published.reasoning == words(found)
+    assert find(name).reasoning == words(found)
 
 
-@pytest.mark.parametrize("published", [each for each in PUBLISHED if each.name in UNKNOWN], ids=lambda each: each.name)
-def test_a_model_without_a_switch_has_no_profile_and_derives_none(published: Published) -> None:
-    found = profile(published)
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_model_without_a_switch_has_no_profile_and_derives_none(name: str) -> None:
+    found = profile(find(name))
     assert found.name == "derived"
     assert words(found) == "no off"
     # Who opens the thought tells a model that always reasons from one that never does.
     expected = {"prompt": "no off: it always reasons", "model": "none: it does not reason"}
-    assert published.reasoning == expected[found.opened_by]
+    assert find(name).reasoning == expected[found.opened_by]
 
 
 def test_every_published_model_has_a_template_here() -> None:
