@@ -2,7 +2,8 @@
 
 The concurrency that vLLM reports charges every request what it takes at its largest, while it is being prefilled. The
 scheduler does not: it admits a request when that much is free at the time, and gives back the blocks that have left
-the windows at every step. So more requests than reported run at once, and this counts them.
+the windows at every step. So more requests than reported run at once, and this counts them. A test holds the count to
+vLLM's whole scheduler.
 """
 
 from __future__ import annotations

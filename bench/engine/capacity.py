@@ -60,11 +60,12 @@ GPTOSS = [("gpt-oss-puzzle-88b", "mxfp4"), ("gpt-oss-120b", "mxfp4")]
 ULTRA = ("nemotron-3-ultra-550b-a55b",)
 CASES: tuple[CapacityCase, ...] = (
     *_suite("super49", SUPER49, ("fp8", "bf16"), gpus=("H100-80", "H200-141"), max_model_len=2304),
+    *_suite("fusion", SUPER49[:1], ("fp8",), gpus=("H100-80", "H200-141"), max_model_len=512, max_num_seqs=32),
     *_suite("gptoss", GPTOSS, ("fp8", "bf16"), gpus=("H100-80", "H200-141"), max_model_len=131_072),
     *_suite("gptoss", GPTOSS, ("fp8", "bf16"), gpus=("H100-80", "H200-141"), max_model_len=8192),
     *_suite(
         "nano3",
-        [("nemotron-3-nano-30b-a3b", "fp8"), ("gpt-oss-20b", "mxfp4")],
+        [("nemotron-3-nano-30b-a3b", "fp8"), ("qwen3-30b-a3b-thinking-2507", "fp8"), ("gpt-oss-20b", "mxfp4")],
         ("fp8", "bf16"),
         gpus=("H200-141",),
         max_model_len=24_576,
@@ -77,7 +78,7 @@ CASES: tuple[CapacityCase, ...] = (
         gpus=("H100-80", "H200-141"),
         max_model_len=73_728,
     ),
-    # What is left on each of eight H100 as NVIDIA's report says (papers.md, 6): FP8, and NVFP4 as W4A16.
+    # What is left on each of eight H100 as NVIDIA's report says (v3, 2026-06, on inference): FP8, and NVFP4 as W4A16.
     *(
         CapacityCase(
             "ultra3", *ULTRA, weights, "fp8", "H100-80", 73_728, tensor_parallel_size=8, available_gib=available_gib
