@@ -128,7 +128,9 @@ def _described(engine: Any) -> dict[str, Any]:
 def _memory(engine: Any) -> dict[str, int | None]:
     """The fullest worker's."""
     workers = engine.collective_rpc("puzzle_memory")
-    return {key: max((worker[key] for worker in workers if worker[key] is not None), default=None) for key in workers[0]}
+    return {
+        key: max((worker[key] for worker in workers if worker[key] is not None), default=None) for key in workers[0]
+    }
 
 
 def _versions() -> dict[str, str | None]:
