@@ -19,6 +19,7 @@ import os
 import sys
 import time
 import traceback
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any, TextIO
 
@@ -100,7 +101,7 @@ def _answer(engine: Any, recorder: StepRecorder, line: dict[str, Any]) -> dict[s
         return {"event": "routing"} | run_routing(engine, recorder, line["routing"])
     load = Load.from_line(line)
     result = run_load(engine, recorder, load)
-    return {"event": "case"} | line | result | {"memory_bytes": _memory(engine)["memory_bytes"]}
+    return {"event": "case"} | asdict(load) | result | {"memory_bytes": _memory(engine)["memory_bytes"]}
 
 
 def _register_classes() -> None:
