@@ -331,4 +331,30 @@ LEDGER = (
         upstream="as above",
         remove_when="as above",
     ),
+    LedgerEntry(
+        target="vllm.v1.metrics.loggers:StatLoggerManager.record",
+        why="the engine benchmark takes the manager's stat_loggers for its own: tokens, ends and running requests of "
+        "each step, without Prometheus' time per token",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/engine/llm_engine.py (from_engine_args)",
+        remove_when="LLM takes stat_loggers and uses no others",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.layers.fused_moe.router.fused_moe_router:FusedMoERouter.set_capture_fn",
+        why="where tokens are routed, layer by layer: enable_return_routed_experts wants one top-k for all layers",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/model_executor/layers/fused_moe/"
+        "routed_experts_capturer.py",
+        remove_when="vLLM's own capture takes layers of different top-k",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner.is_monolithic",
+        why="the layers to watch (router, routed_experts, layer_name, moe_config), and whether the kernel routes itself",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts.forward_monolithic",
+        why="the place to ask the router of such a kernel for its choice",
+        upstream="as above",
+        remove_when="as above",
+    ),
 )
