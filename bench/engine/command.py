@@ -15,7 +15,8 @@ from vllm_puzzle.bench.engine import report
 from vllm_puzzle.bench.engine.case import FIT, Shape, parse_shape
 from vllm_puzzle.bench.engine.plan import find_gpu
 from vllm_puzzle.bench.engine.rows import FAILED, REFUSED, Machine, find_commit, find_machine, load, open_results
-from vllm_puzzle.bench.engine.runner import Run, run_suite
+from vllm_puzzle.bench.engine.runner import run_suite
+from vllm_puzzle.bench.engine.session import Run
 from vllm_puzzle.bench.engine.suites import CPU, GPU, SUITES, Suite, find_suite
 from vllm_puzzle.model_configs.schema import ConfigError
 from vllm_puzzle.serving.cpu_defaults import is_cpu_engine

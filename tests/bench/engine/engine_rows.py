@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_puzzle.bench.engine.case import Case, EngineVariant, Load, Shape
 from vllm_puzzle.bench.engine.rows import OK, Machine, Results, Row
-from vllm_puzzle.bench.engine.runner import Run
+from vllm_puzzle.bench.engine.session import Run
 from vllm_puzzle.bench.engine.suites import CPU, Suite
 
 H100 = "NVIDIA H100 80GB HBM3"

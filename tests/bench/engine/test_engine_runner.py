@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 from engine_rows import names, run_of, suite
-from vllm_puzzle.bench.engine import runner
+from vllm_puzzle.bench.engine import session
 from vllm_puzzle.bench.engine.case import DECODE, FIT, Load, Shape
 from vllm_puzzle.bench.engine.driver import EngineChild, EngineError
 from vllm_puzzle.bench.engine.paired import MET, MISSED
 from vllm_puzzle.bench.engine.rows import load
-from vllm_puzzle.bench.engine.runner import median_event, run_suite, setup
+from vllm_puzzle.bench.engine.pair_runner import median_event
+from vllm_puzzle.bench.engine.runner import run_suite
+from vllm_puzzle.bench.engine.session import setup
 from vllm_puzzle.bench.engine.suites import Suite
 
 ENGINE = (sys.executable, "-P", str(Path(__file__).with_name("scripted_engine.py")))
@@ -89,8 +91,8 @@ def test_an_engine_that_dies_is_a_row_without_paths(tmp_path: Path) -> None:
 def test_a_hanging_engine_ends_with_the_time_and_leaves_the_rest_for_another_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "RESERVE_S", 0.2)
-    monkeypatch.setattr(runner, "START_S", {False: 1.0})
+    monkeypatch.setattr(session, "RESERVE_S", 0.2)
+    monkeypatch.setattr(session, "START_S", {False: 1.0})
     began = time.monotonic()
     status, _ = run(suite({"hang_at": 4}), tmp_path, 3.0)
     assert status == {"v0 5/50 b1": "ok", "v0 5/50 b3": "skipped", "v0 7/20 b2": "skipped"}
