@@ -20,7 +20,10 @@ BEST = "best batch"
 H100, H200 = "H100 80GB HBM3", "H200"
 THROUGHPUT, TPOT = "output_throughput", "tpot_p50_s"
 PUZZLE = "arXiv 2411.19146, Table 2"
-PUZZLE_SETUP = "Nemotron-51B over Llama-70B, TensorRT-LLM, FP8 weights, activations and KV cache, H100 SXM, tokens/s per GPU at the best batch"
+PUZZLE_SETUP = (
+    "Nemotron-51B over Llama-70B, TensorRT-LLM, FP8 weights, activations and KV cache, H100 SXM, tokens/s per GPU at "
+    "the best batch"
+)
 ENGINE_51B = ("49B in place of the 51B, whose layers are not public", "vLLM in place of TensorRT-LLM")
 P88 = "arXiv 2602.11937, abstract; lengths from the card of nvidia/gpt-oss-puzzle-88B"
 P88_DIFFERS = (
@@ -121,8 +124,8 @@ ANCHORS: tuple[Anchor, ...] = (
     ),
     *(
         Anchor(
-            f"fusion-b{batch}", "fusion", 0.90, f"time per output token, batch {batch}", "arXiv 2503.18908, 49B ablation",
-            "latency of the 49B with layers 42-50 as one FFN and 53-69 as two, over the unfused; 5.3 to 5.9 ms a token",
+            f"fusion-b{batch}", "fusion", 0.90, f"time per output token, batch {batch}", "arXiv 2503.18908",
+            "49B ablation: latency with layers 42-50 as one FFN and 53-69 as two, over unfused; 5.3 to 5.9 ms a token",
             H100, Quotient("49b-fp8-fused", "49b-fp8", Shape(128, 128), batch, TPOT),
             (
                 "one GPU, where no all-reduce is saved; the paper's latency suggests several (inferred)",
@@ -138,7 +141,7 @@ ANCHORS: tuple[Anchor, ...] = (
         for anchor in (
             _gpt_oss("p88-long-node", 1.63, "64K/64K, 8 H100", P88, "8 H100", kv, LONG, ONE_GPU),
             _gpt_oss("p88-short-node", 1.22, "4K/4K, 8 H100", P88, "8 H100", kv, SHORT, ONE_GPU),
-            _gpt_oss("p88-one", 2.82, "one H100, up to; lengths not stated, long context inferred", P88, H100, kv, LONG),
+            _gpt_oss("p88-one", 2.82, "one H100, up to; lengths not stated (long inferred)", P88, H100, kv, LONG),
             _gpt_oss("p88-one-short", 2.44, "one H100, short context, read off the card's figure by a third party",
                      "rits.shanghai.nyu.edu, second hand", H100, kv, SHORT),
         )
@@ -195,7 +198,10 @@ def answer(anchor: Anchor, rows: Sequence[Row], derived: Sequence[Derived], card
     cases = tuple(name for _, name in (over, under) if name)
     if quotient.batch != BEST:
         short = [name for name in (quotient.over, quotient.under) if name and _was_short(name, quotient, rows)]
-        differences += [f"the KV cache of {name} holds fewer than {quotient.batch} such requests, as it may have there" for name in short]
+        differences += [
+            f"the KV cache of {name} holds fewer than {quotient.batch} such requests, as it may have there"
+            for name in short
+        ]
     return Answer(anchor, over[0] / under[0], tuple(differences), cases)
 
 

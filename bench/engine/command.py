@@ -35,17 +35,23 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=f"suites:\n{suites}",
     )
     parser.add_argument("suite", nargs="?", metavar="SUITE", help="one of those below")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write engine-SUITE-CARD.json and .csv there, and go on")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write engine-SUITE-CARD.json and .csv there, and go on"
+    )
     parser.add_argument("--time-limit", type=float, default=DEFAULT_LIMIT_S, metavar="SECONDS", help="for all of it")
     parser.add_argument("--plan", action="store_true", help="print memory, cases and seconds; start nothing")
     parser.add_argument("--gpu", metavar="NAME", help="plan for this card instead of the one that is here")
     parser.add_argument("--only", metavar="VARIANT,…", help="only these variants")
     parser.add_argument("--shapes", metavar="IN/OUT,…", help="only these lengths")
     parser.add_argument("--batches", metavar="N,…", help="only these batches (`fit`: as many as fit)")
-    parser.add_argument("--blocks", type=int, metavar="N", help="of a comparison of two engines (an even number is best)")
+    parser.add_argument(
+        "--blocks", type=int, metavar="N", help="of a comparison of two engines (an even number is best)"
+    )
     parser.add_argument("--again", action="store_true", help="measure also what is in --out already")
     parser.add_argument("--commit", help="the measured commit, where git cannot tell")
-    parser.add_argument("--report", action="store_true", help="print what is in --out; without SUITE a short table of all")
+    parser.add_argument(
+        "--report", action="store_true", help="print what is in --out; without SUITE a short table of all"
+    )
     return parser
 
 

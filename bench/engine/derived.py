@@ -65,10 +65,7 @@ def derive(rows: Iterable[Row], shape: Shape) -> list[Derived]:
             batch = decode.batch or 1
             prefill_s, step_s = prefill.duration_s / prefill.num_requests, batch / decode.steady_output_throughput
             rate = output_throughput(shape, batch, prefill_s, step_s)
-            found.append(
-                Derived(
-                    decode.suite, decode.variant, shape.input_len, shape.output_len, batch, rate, prefill_s, step_s,
-                    prefill.case, decode.case,
-                )  # fmt: skip
-            )
+            cases = prefill.case, decode.case
+            lengths = shape.input_len, shape.output_len
+            found.append(Derived(decode.suite, decode.variant, *lengths, batch, rate, prefill_s, step_s, *cases))
     return found

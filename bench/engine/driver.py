@@ -42,6 +42,7 @@ class EngineChild:
     ) -> None:  # fmt: skip
         self.name, self.model, self.log = name, model, log
         self._answers: queue.Queue[str | None] = queue.Queue()
+        self._has_failed = False
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
@@ -59,7 +60,7 @@ class EngineChild:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop(is_patient=kind is None)
+        self.stop(is_patient=kind is None and not self._has_failed)
 
     @property
     def pid(self) -> int:
@@ -105,6 +106,7 @@ class EngineChild:
         self._answers.put(None)
 
     def _answer(self, wanted: str, limit_s: float) -> dict[str, Any]:
+        self._has_failed = True  # until the answer is there
         deadline = time.monotonic() + limit_s
         while True:
             try:
@@ -119,6 +121,7 @@ class EngineChild:
             if event["event"] == "error":
                 raise EngineError(without_paths(str(event.get("message", "")), self.model))
             if event["event"] == wanted:
+                self._has_failed = False
                 return event
 
     def _last_words(self) -> str:

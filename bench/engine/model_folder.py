@@ -126,7 +126,7 @@ def write_folder(variant: EngineVariant, folder: Path) -> Path:
 
 
 def write_tokenizer(folder: Path, vocab_size: int, max_length: int) -> None:
-    """A tokenizer of `vocab_size` words, `w0 w1 …`, parted by blanks; w0 stands for every other word, w1 ends a text."""
+    """A tokenizer of `vocab_size` words, `w0 w1 …`, parted by blanks; w0 stands for any other word, w1 ends a text."""
     vocab = {f"w{index}": index for index in range(vocab_size)}
     tokenizer: Mapping[str, Any] = {
         "version": "1.0",

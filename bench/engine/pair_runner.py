@@ -101,4 +101,3 @@ def _has_pair(run: Run, a: Case, b: Case) -> bool:
 
 def _was_added(run: Run, case: Case) -> bool:
     return any(row.case == case.name and row.setup == setup(case) and row.status == OK for row in run.results.rows)
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_puzzle.bench.efficiency.tables import factor, number, percent, table
+from vllm_puzzle.bench.efficiency.tables import number, percent, table
 from vllm_puzzle.bench.engine.anchors import Answer, anchors_of, answer, derived_shapes
 from vllm_puzzle.bench.engine.case import DECODE, FIT, PREFILL
 from vllm_puzzle.bench.engine.derived import Derived, derive
@@ -86,7 +86,9 @@ def answer_lines(answers: Sequence[Answer]) -> list[str]:
     lines = ["ours beside the papers' figures:"]
     for each in answers:
         anchor = each.anchor
-        lines.append(f"  {anchor.what}: ours {_value(each.ours, anchor.unit)}, theirs {_value(anchor.figure, anchor.unit)}")
+        lines.append(
+            f"  {anchor.what}: ours {_value(each.ours, anchor.unit)}, theirs {_value(anchor.figure, anchor.unit)}"
+        )
         lines.append(f"    theirs: {anchor.setup} ({anchor.source})")
         if each.differences:
             lines.append(f"    ours differs: {'; '.join(each.differences)}")
@@ -103,12 +105,16 @@ def short_table(results: Sequence[Results]) -> str:
             if each.ours is None:
                 continue
             ours, theirs = (_value(value, each.anchor.unit) for value in (each.ours, each.anchor.figure))
-            told = "same set-up" if not each.differences else f"differs in {len(each.differences)}: {each.differences[0]}"
+            told = (
+                "same set-up" if not each.differences else f"differs in {len(each.differences)}: {each.differences[0]}"
+            )
             lines.append((f"{suite.suite}: {each.anchor.what}", ours, theirs, told))
         for pair in suite.pairs:
             change = f"{100 * (pair['ratio'] - 1):+.2f} %"
             reach = f"{100 * (pair['low'] - 1):+.2f} to {100 * (pair['high'] - 1):+.2f} %, {pair['verdict']}"
-            lines.append((f"{suite.suite}: {pair['b']} over {pair['a']}, {pair['case']}", change, UNMEASURED[:3], reach))
+            lines.append(
+                (f"{suite.suite}: {pair['b']} over {pair['a']}, {pair['case']}", change, UNMEASURED[:3], reach)
+            )
     if not lines:
         return "no comparison is measured yet"
     return table(("what", "ours", "theirs", "set-up"), lines, "<>><")
@@ -145,11 +151,14 @@ def plan_text(suite: Suite, gpu: Gpu | None, card: str) -> tuple[str, bool]:
             shown = f"{case.name} (about {batch})" if case.batch == FIT else case.name
             lines.append(f"  {shown}: about {own:.0f} s")
         total += seconds
-    lines += ["", f"about {total:.0f} s in all; every case is a file's row as soon as it is known, and not measured twice"]
+    lines += [
+        "",
+        f"about {total:.0f} s in all; every case is a file's row as soon as it is known, and not measured twice",
+    ]
     return "\n".join(lines), fits
 
 
 def _value(value: float | None, unit: str) -> str:
     if value is None:
         return UNMEASURED
-    return factor(value) if unit == "x" else f"{number(value)} {unit}"
+    return f"{value:.2f}x" if unit == "x" else f"{number(value)} {unit}"

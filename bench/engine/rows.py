@@ -156,7 +156,9 @@ def load(path: Path) -> Results:
         found = json.loads(path.read_text())
         schema = found["schema"]
         if schema != SCHEMA:
-            raise ConfigError(f"{path.name}, key `schema`: found {schema!r}, allowed: {SCHEMA} (write to another --out)")
+            raise ConfigError(
+                f"{path.name}, key `schema`: found {schema!r}, allowed: {SCHEMA} (write to another --out)"
+            )
         rows = [Row(**row) for row in found["rows"]]
         lists = {name: list(found[name]) for name in ("pairs", "routing", "derived", "anchors")}
         return Results(found["suite"], found["card"], rows, **lists, machine=dict(found["machine"]))

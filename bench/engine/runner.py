@@ -84,7 +84,7 @@ def _run_cases(run: Run, child: EngineChild, estimate: Estimate, todo: list[Case
 
 
 def run_routing(run: Run) -> None:
-    """Which experts the random weights choose, once per model: an engine of its own, since a compiled one cannot tell."""
+    """Which experts the random weights choose, once per model, in an engine of its own: a compiled one cannot tell."""
     by_model = {variant.model: variant for variant in reversed(run.suite.variants)}
     for model, variant in by_model.items():
         name = f"{variant.name}-routing"

@@ -1,4 +1,4 @@
-"""One call of the benchmark: what is asked, until when, what is known so far; engines are started and rows kept here."""
+"""One call of the benchmark: what is asked, until when, what is known; engines are started and rows kept here."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ class Run:
     def is_known(self, case: Case) -> bool:
         """Whether there is nothing to measure."""
         return not self.is_again and self.results.known(case.name, setup(case), self.commit) is not None
+
     @property
     def has_time_to_start(self) -> bool:
         """Whether an engine may be up before the limit."""
@@ -102,6 +103,7 @@ def row_of(run: Run, case: Case, status: str, batch: int | None = None, **more: 
         batch or case.batch or None, case.role, status, setup(case), run.machine.card, run.commit, **more,
     )  # fmt: skip
 
+
 def start(run: Run, variant: EngineVariant, **changes: Any) -> EngineChild:
     """An engine of a variant, not waited for. `changes` go over its flags."""
     folder = write_folder(variant, run.work / variant.name)
@@ -138,4 +140,3 @@ def started_line(variant: EngineVariant, ready: Mapping[str, Any]) -> str:
     if ready.get("kv_capacity_tokens"):
         facts.append(f"KV cache of {ready['kv_capacity_tokens']:,} tokens")
     return f"{variant.name}: {', '.join(facts)}"
-

@@ -44,7 +44,9 @@ class Suite:
 
     def cases(self, variant: EngineVariant) -> list[Case]:
         """The cases of one variant, in the order in which they are run."""
-        return [Case(variant, load.shape, batch, load.role, load.waves) for load in self.loads for batch in load.batches]
+        return [
+            Case(variant, load.shape, batch, load.role, load.waves) for load in self.loads for batch in load.batches
+        ]
 
     @property
     def longest(self) -> int:

@@ -50,7 +50,10 @@ def test_a_figure_at_the_best_batch_takes_each_models_own() -> None:
     rows += [row("70b-fp8", SHORT, batch, rate) for batch, rate in ((64, 500.0), (256, 400.0))]
     found = find("puzzle-128/128-TP1", [*rows])
     assert (found.ours, found.cases) == (2.0, ("49b-fp8 128/128 b256", "70b-fp8 128/128 b64"))
-    assert found.differences == ("49B in place of the 51B, whose layers are not public", "vLLM in place of TensorRT-LLM")
+    assert found.differences == (
+        "49B in place of the 51B, whose layers are not public",
+        "vLLM in place of TensorRT-LLM",
+    )
 
 
 def test_another_card_is_the_first_difference() -> None:
@@ -68,16 +71,22 @@ def test_what_was_not_measured_has_no_value_and_keeps_its_differences() -> None:
 
 
 def test_a_latency_is_the_smaller_the_better_and_of_one_batch() -> None:
+    times = {"49b-fp8": (0.020, 0.030), "49b-fp8-fused": (0.018, 0.030)}
     rows = [
-        row("49b-fp8", SHORT, batch, 1.0, tpot_p50_s=plain) for batch, plain in ((1, 0.020), (8, 0.030))
-    ] + [row("49b-fp8-fused", SHORT, batch, 1.0, tpot_p50_s=fused) for batch, fused in ((1, 0.018), (8, 0.030))]  # fmt: skip
+        row(name, SHORT, batch, 1.0, tpot_p50_s=seconds)
+        for name, found in times.items()
+        for batch, seconds in zip((1, 8), found, strict=True)
+    ]
     assert find("fusion-b1", [*rows]).ours == pytest.approx(0.9)
     assert find("fusion-b8", [*rows]).ours == pytest.approx(1.0)
 
 
 def test_a_batch_that_did_not_fit_at_once_is_said() -> None:
     shape = Shape(128, 1024)
-    rows = [row("49b-fp8", shape, 256, 5.0, kv_capacity_tokens=400_000), row("70b-fp8", shape, 256, 1.0, kv_capacity_tokens=33_000)]
+    rows = [
+        row("49b-fp8", shape, 256, 5.0, kv_capacity_tokens=400_000),
+        row("70b-fp8", shape, 256, 1.0, kv_capacity_tokens=33_000),
+    ]
     found = find("super-batch-256", [*rows])
     assert found.ours == 5.0
     assert [text for text in found.differences if "70b-fp8 holds fewer than 256" in text]

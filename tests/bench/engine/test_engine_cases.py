@@ -79,7 +79,9 @@ def test_every_suite_can_be_listed_and_its_requests_fit_its_engines(name: str, h
 
 
 def test_an_unknown_suite_is_one_line() -> None:
-    with pytest.raises(ConfigError, match=r"found suite 'super', allowed: overhead, super49, fusion, gptoss, nano3, cpu"):
+    with pytest.raises(
+        ConfigError, match=r"found suite 'super', allowed: overhead, super49, fusion, gptoss, nano3, cpu"
+    ):
         find_suite("super", True)
 
 

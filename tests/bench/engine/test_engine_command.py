@@ -65,7 +65,9 @@ def test_reports_are_of_what_was_measured(tmp_path: Path, capsys: Captured) -> N
     (tmp_path / "engine-kv-capacity.json").write_text("{}")  # another benchmark's
     assert main(["bench", "engine", "--report", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "super49: 128/128, 51B TP1, 70B TP1" in shown and "2.00x" in shown and "2.07x" in shown and "differs" in shown
+    assert (
+        "super49: 128/128, 51B TP1, 70B TP1" in shown and "2.00x" in shown and "2.07x" in shown and "differs" in shown
+    )
     assert main(["bench", "engine", "super49", "--report", "--out", str(tmp_path)]) == 0
     assert "49b-fp8 128/128 b1: 4 tokens/s" in capsys.readouterr().out
 

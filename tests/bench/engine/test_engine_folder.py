@@ -20,7 +20,7 @@ from vllm_puzzle.bench.engine.model_folder import (
     write_folder,
 )
 from vllm_puzzle.bench.engine.plan import GPUS, cache_bytes, estimate_of, find_gpu, fitting_batch, memory_plan
-from vllm_puzzle.bench.engine.suites import NANO, PARENT, QWEN, STEP_3, SUPER, SUITES, find_suite
+from vllm_puzzle.bench.engine.suites import NANO, PARENT, QWEN, STEP_3, SUITES, SUPER, find_suite
 from vllm_puzzle.model_configs.catalogue import NAMES
 from vllm_puzzle.model_configs.quantization_formats import read_quantization
 from vllm_puzzle.model_configs.schema import ConfigError
@@ -100,7 +100,9 @@ def test_a_precision_that_a_model_cannot_have_is_refused() -> None:
 
 
 def test_a_fused_variant_is_planned_as_fused() -> None:
-    plain, fused = (record_of(EngineVariant("a", SUPER, "fp8", flags=flags)) for flags in ({}, {"hf_overrides": STEP_3}))
+    plain, fused = (
+        record_of(EngineVariant("a", SUPER, "fp8", flags=flags)) for flags in ({}, {"hf_overrides": STEP_3})
+    )
     assert sum(layer.ffn is not None for layer in plain.layers) == 80
     # 42-50 is nine FFNs in one, 53-61 nine, 62-69 eight.
     assert sum(layer.ffn is not None for layer in fused.layers) == 80 - 8 - 8 - 7
@@ -137,7 +139,7 @@ def test_cards_are_found_by_the_name_that_cuda_gives() -> None:
     assert find_gpu(None, "some processor", None) == (None, "some processor")
     other, name = find_gpu(None, "NVIDIA Unheard 9", 50 * 2**30)
     assert other is not None and (other.name, other.memory_bytes, name) == (name, 49 * 2**30, "NVIDIA Unheard 9")
-    with pytest.raises(ConfigError, match="`--gpu`: found 'H1', allowed: .*H100-80"):
+    with pytest.raises(ConfigError, match=r"`--gpu`: found 'H1', allowed: .*H100-80"):
         find_gpu("H1", "x", None)
 
 
@@ -171,6 +173,7 @@ def test_more_fits_with_an_fp8_cache_and_with_fewer_full_layers() -> None:
         for variant in find_suite("gptoss", True).variants
         if any(case.batch == FIT for case in find_suite("gptoss", True).cases(variant))
     }
-    # Derived at 2.5 GiB in the papers' notes, at this mean context: 3.7, 7.3, 11.2 and 22.4.
+    # The papers' notes derive 3.7, 7.3, 11.2 and 22.4 at this mean context; for the 88B with weights of 50.7 GiB, where
+    # the checkpoint has 46.6, which leaves 26.2 in place of 22.5 GiB for the cache.
     assert 1 <= held["120b-bf16kv"] <= 3 and 4 <= held["120b-fp8kv"] <= 7
-    assert 7 <= held["88b-bf16kv"] <= 11 and 14 <= held["88b-fp8kv"] <= 22
+    assert 10 <= held["88b-bf16kv"] <= 13 and 20 <= held["88b-fp8kv"] <= 26

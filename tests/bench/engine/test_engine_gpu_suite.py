@@ -20,7 +20,8 @@ case "$*" in
     *"bench.command engine fusion"*) exit 1 ;;
     *"bench.command engine "*) exec {real} -S -P -c '
 from importlib.metadata import entry_points
-print([point.value for group in ("vllm.general_plugins", "vllm_puzzle.commands") for point in entry_points(group=group)])
+groups = "vllm.general_plugins", "vllm_puzzle.commands"
+print([point.value for group in groups for point in entry_points(group=group)])
 ' ;;
 esac
 """

@@ -1,4 +1,4 @@
-"""Blocks of two engines: a drift cancels, the interval covers as often as it says, the verdict needs the whole of it."""
+"""Blocks of two engines: a drift cancels, the interval covers as often as it says, the whole of it decides."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import random
 
 import pytest
 from vllm_puzzle.bench.engine.paired import (
-    A,
-    B,
     MET,
     MISSED,
     OPEN,
     UNJUDGED,
+    A,
+    B,
     Comparison,
     Visit,
     compare,

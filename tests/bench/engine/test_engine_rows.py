@@ -94,14 +94,22 @@ def test_messages_lose_their_paths() -> None:
 def test_answers_become_columns() -> None:
     assert measured({"ttft_s": {"p50": 2.0}, "tpot_s": None, "num_preempted": 3})["ttft_p50_s"] == 2.0
     assert measured({})["tpot_p99_s"] is None
-    found = of_engine({"attention_backends": {"FLASH_ATTN": 10, "CUSTOM": 26}, "versions": {"vllm": "1", "triton": None}})
-    assert (found["attention_backends"], found["versions"], found["model_class"]) == ("10 FLASH_ATTN + 26 CUSTOM", "vllm 1", "")
+    found = of_engine(
+        {"attention_backends": {"FLASH_ATTN": 10, "CUSTOM": 26}, "versions": {"vllm": "1", "triton": None}}
+    )
+    assert (found["attention_backends"], found["versions"], found["model_class"]) == (
+        "10 FLASH_ATTN + 26 CUSTOM",
+        "vllm 1",
+        "",
+    )
 
 
 def test_this_machine_has_a_name_and_files_are_named_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     machine = find_machine()
     assert machine.card and not machine.has_gpu and "processor" in machine.about
-    assert results_path(Path("x"), "fusion", "NVIDIA H100 80GB HBM3") == Path("x/engine-fusion-nvidia-h100-80gb-hbm3.json")
+    assert results_path(Path("x"), "fusion", "NVIDIA H100 80GB HBM3") == Path(
+        "x/engine-fusion-nvidia-h100-80gb-hbm3.json"
+    )
     assert slug(machine.card).strip("-") == slug(machine.card) != ""
     assert find_commit("given") == "given" and find_commit(None)

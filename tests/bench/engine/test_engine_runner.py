@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -10,17 +11,18 @@ from pathlib import Path
 
 import pytest
 from engine_rows import names, run_of, suite
-from vllm_puzzle.bench.engine import session
+from vllm_puzzle.bench.engine import runner
 from vllm_puzzle.bench.engine.case import DECODE, FIT, Load, Shape
 from vllm_puzzle.bench.engine.driver import EngineChild, EngineError
+from vllm_puzzle.bench.engine.pair_runner import median_event
 from vllm_puzzle.bench.engine.paired import MET, MISSED
 from vllm_puzzle.bench.engine.rows import load
-from vllm_puzzle.bench.engine.pair_runner import median_event
 from vllm_puzzle.bench.engine.runner import run_suite
 from vllm_puzzle.bench.engine.session import setup
 from vllm_puzzle.bench.engine.suites import Suite
 
-ENGINE = (sys.executable, "-P", str(Path(__file__).with_name("scripted_engine.py")))
+# -S: without the environment's packages, which the script does not need, it starts at once.
+ENGINE = (sys.executable, "-S", "-P", str(Path(__file__).with_name("scripted_engine.py")))
 MINUTE = 60.0
 
 
@@ -88,15 +90,29 @@ def test_an_engine_that_dies_is_a_row_without_paths(tmp_path: Path) -> None:
     assert "start: last words, said in …/engine.py" in lines[0]
 
 
-def test_a_hanging_engine_ends_with_the_time_and_leaves_the_rest_for_another_call(
+def test_a_case_without_an_answer_is_given_up_and_the_rest_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "RESERVE_S", 0.2)
-    monkeypatch.setattr(session, "START_S", {False: 1.0})
+    monkeypatch.setattr(runner, "MIN_LIMIT_S", 2.0)
+    monkeypatch.setattr(runner, "LIMIT_FACTOR", 0.0)
     began = time.monotonic()
-    status, _ = run(suite({"hang_at": 4}), tmp_path, 3.0)
-    assert status == {"v0 5/50 b1": "ok", "v0 5/50 b3": "skipped", "v0 7/20 b2": "skipped"}
-    assert time.monotonic() - began < 30  # it would hang for 60 s
+    status, lines = run(suite({"hang_at": 3}), tmp_path, MINUTE)
+    assert status == {"v0 5/50 b1": "ok", "v0 5/50 b3": "failed", "v0 7/20 b2": "ok"}
+    assert "  v0 5/50 b3: failed, no answer within 2 s" in lines
+    assert time.monotonic() - began < 45  # it would hang for 60 s, and end by itself within 15
+
+
+def test_what_would_last_too_long_is_left_for_another_call(tmp_path: Path) -> None:
+    asked = suite({}, loads=(Load(Shape(5, 50), (1,)), Load(Shape(5, 4_000_000), (1,))))
+    status, lines = run(asked, tmp_path)
+    assert status == {"v0 5/50 b1": "ok", "v0 5/4000000 b1": "skipped"}
+    (line,) = (line for line in lines if "skipped" in line)
+    assert re.fullmatch(r"  v0 5/4000000 b1: skipped, about \d+ s, \d\d s left", line)
+
+
+def test_what_fails_when_the_time_is_gone_was_not_measured(tmp_path: Path) -> None:
+    ends = {seconds: run_of(suite({}), tmp_path, ENGINE, time.monotonic() + seconds)[0] for seconds in (0.0, MINUTE)}
+    assert [one.failure() for one in ends.values()] == ["skipped", "failed"]
 
 
 def test_without_time_nothing_starts(tmp_path: Path) -> None:
@@ -120,9 +136,9 @@ def test_two_engines_are_compared_in_blocks(tmp_path: Path) -> None:
     asked = suite({"tokens_per_s": 1000.0}, {"tokens_per_s": 980.0}, pairs=True, blocks=3)
     one, lines = run_of(asked, tmp_path, ENGINE, time.monotonic() + MINUTE)
     run_suite(one)
-    assert {pair["case"]: (pair["blocks"], pair["verdict"]) for pair in one.results.pairs} == {
-        name: (3, MISSED) for name in ("5/50 b1", "5/50 b3", "7/20 b2")
-    }
+    assert {pair["case"]: (pair["blocks"], pair["verdict"]) for pair in one.results.pairs} == dict.fromkeys(
+        ("5/50 b1", "5/50 b3", "7/20 b2"), (3, MISSED)
+    )
     assert all(pair["ratio"] == pytest.approx(0.98) for pair in one.results.pairs)
     assert {row.case for row in one.results.rows} == set(names(asked))
     assert "  5/50 b1: v1 is +2.00 % slower than v0 (+2.00 to +2.00 %, 3 blocks): at most 1 % slower, not met" in lines
