@@ -116,9 +116,7 @@ def plan_memory(
     return _plan(record, settings)
 
 
-def smallest_gpu(
-    record: ModelRecord, weights: str, kv_dtype: str, *, quantization: Quantization | None = None
-) -> str:
+def smallest_gpu(record: ModelRecord, weights: str, kv_dtype: str, *, quantization: Quantization | None = None) -> str:
     """The fewest cards, and of these the smallest (`gpus.GPUS`), that serve one request: "H200-141", "2 x H100-80".
 
     The request has 32,768 tokens, or as many as the model allows; one sequence at a time, chunks of 2,048 tokens, 0.9
@@ -239,8 +237,8 @@ def _activation_lines(plan: MemoryPlan) -> list[str]:
     return [
         _line("activations", "an estimate", plan.activation_bytes),
         _line(
-            f"  {peak.kind}",
-            f"{tokens:,} tokens x {peak.bytes_per_token:,} B (layer {peak.layer})",
+            f"  in layer {peak.layer}",
+            f"{tokens:,} tokens x {peak.bytes_per_token:,} B ({peak.kind})",
             tokens * peak.bytes_per_token,
         ),
         _line("  logits", f"{settings.max_num_seqs} x {plan.record.vocab_size:,} x {LOGIT_BYTES} B", logits),

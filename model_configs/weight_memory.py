@@ -3,8 +3,9 @@
 The words: `bf16`; `fp8` and `nvfp4`, where the layers' matrices are stored as NVIDIA ModelOpt stores them, while
 embeddings, output matrix, norms, routers and biases stay bf16; `mxfp4`, gpt-oss's experts in MXFP4 and the rest bf16.
 Two published recipes are kept: NemotronH in FP8 leaves attention, the Mamba layers right before it and the latent
-projections in bf16 (Nemotron 3 Nano and Super reports); a mixture of experts in NVFP4 has only the routed experts in it,
-the rest as in FP8. A checkpoint's own `quantization_config` is exact and goes before the words. Standard library only.
+projections in bf16 (Nemotron 3 Nano and Super reports); a mixture of experts in NVFP4 has only the routed experts in
+it, the rest as in FP8. A checkpoint's own `quantization_config` is exact and goes before the words. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def kv_heads_of_rank(attention: Attention, tensor_parallel_size: int) -> int:
 def mamba_sizes(mamba: Mamba2, tensor_parallel_size: int) -> tuple[int, int, int]:
     """(heads, inner channels, B and C channels together) of one rank.
 
-    Where the groups do not divide, vLLM adds as many as make one per rank (mamba_utils.py, extra_groups_for_head_shards).
+    Where the groups do not divide, vLLM adds as many as make one per rank (mamba_utils.py).
     """
     tp = tensor_parallel_size
     groups = mamba.num_groups if mamba.num_groups % tp == 0 else tp

@@ -1,4 +1,4 @@
-"""Bytes of weights: against published loads, by hand on odd models, against the exact table of a quantized checkpoint."""
+"""Bytes of weights: published loads, by hand on odd models, the exact table of a quantized checkpoint, ranks."""
 
 from __future__ import annotations
 
