@@ -19,6 +19,7 @@ import os
 import sys
 import time
 import traceback
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any, TextIO
 
@@ -100,7 +101,7 @@ def _answer(engine: Any, recorder: StepRecorder, line: dict[str, Any]) -> dict[s
         return {"event": "routing"} | run_routing(engine, recorder, line["routing"])
     load = Load.from_line(line)
     result = run_load(engine, recorder, load)
-    return {"event": "case"} | line | result | {"memory_bytes": _memory(engine)["memory_bytes"]}
+    return {"event": "case"} | asdict(load) | result | {"memory_bytes": _memory(engine)["memory_bytes"]}
 
 
 def _register_classes() -> None:
@@ -128,7 +129,9 @@ def _described(engine: Any) -> dict[str, Any]:
 def _memory(engine: Any) -> dict[str, int | None]:
     """The fullest worker's."""
     workers = engine.collective_rpc("puzzle_memory")
-    return {key: max((worker[key] for worker in workers if worker[key] is not None), default=None) for key in workers[0]}
+    return {
+        key: max((worker[key] for worker in workers if worker[key] is not None), default=None) for key in workers[0]
+    }
 
 
 def _versions() -> dict[str, str | None]:

@@ -1,4 +1,4 @@
-"""Where a batch's tokens go: how many experts of each MoE layer one decoding step reads, and how evenly they are loaded.
+"""Where a batch's tokens go: how many experts of each MoE layer a decoding step reads, and how evenly they are loaded.
 
 A step's time in an MoE layer is that of the expert weights that it reads, so a measured speed holds for its routing
 only. vLLM's own `enable_return_routed_experts` needs the same top-k in every layer, which heterogeneous models do not
@@ -98,7 +98,9 @@ def run_routing(engine: Any, recorder: StepRecorder, request: Any) -> dict[str, 
     for rows in engine.collective_rpc("puzzle_routing"):  # ranks of one stage say the same
         layers |= {row["layer"]: row for row in rows}
     if not layers:
-        raise ConfigError(f"routing: found no MoE layer with a step of {num_tokens} tokens, allowed: a model with experts")
+        raise ConfigError(
+            f"routing: found no experts in steps of {num_tokens} tokens, allowed: a model with MoE layers"
+        )
     return {"num_tokens": num_tokens, "seed": seed, "layers": list(layers.values())}
 
 

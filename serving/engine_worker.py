@@ -20,7 +20,8 @@ class EngineMeasurementWorker:
     def puzzle_describe(self) -> dict[str, Any]:
         """Class of the model, layers of each attention backend, name of the card, seconds of compilation."""
         layers = self.vllm_config.compilation_config.static_forward_context.values()
-        backends = Counter(layer.get_attn_backend().get_name() for layer in layers if hasattr(layer, "get_attn_backend"))
+        attentions = [layer for layer in layers if hasattr(layer, "get_attn_backend")]
+        backends = Counter(layer.get_attn_backend().get_name() for layer in attentions)
         return {
             "model_class": type(self.model_runner.get_model()).__name__,
             "model_runner": f"{type(self.model_runner).__module__}.{type(self.model_runner).__name__}",

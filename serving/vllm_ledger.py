@@ -347,7 +347,7 @@ LEDGER = (
     ),
     LedgerEntry(
         target="vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner.is_monolithic",
-        why="the layers to watch (router, routed_experts, layer_name, moe_config), and whether the kernel routes itself",
+        why="the layers to watch (router, routed_experts, layer_name, moe_config), and whether a kernel routes itself",
         upstream="as above",
         remove_when="as above",
     ),

@@ -14,7 +14,7 @@ Capture = Callable[[str, int, torch.Tensor], None]
 
 
 def record_steps(engine: Any, recorder: Any) -> None:
-    """Give an LLMEngine `recorder` as its only statistics logger. It has no argument for one: from_engine_args drops it,
+    """Give an LLMEngine `recorder` as its only statistics logger. No argument does: from_engine_args drops it,
     and Prometheus stays."""
     engine.logger_manager.stat_loggers[:] = [recorder]
 

@@ -1,4 +1,4 @@
-"""The child that measures an engine: one real engine per model, its counts exact, its times agreeing with each other."""
+"""The child that measures an engine: real engines on a CPU, counts exact, times that agree with each other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vllm_puzzle.serving.engine_load import Load, Step, steady_part
 
 POCKET = Path(engine_measurement.__file__).resolve().parent.parent / "model_configs" / "pocket" / "puzzle"
 COMMAND = [sys.executable, "-P", "-m", "vllm_puzzle.serving.engine_measurement"]
-ENGINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 8}
+ENGINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 8, "block_size": 32}
 WARM_UP = {"input_len": 35, "output_len": 13, "num_requests": 7, "max_concurrency": 3, "seed": 5}
 CROWDED = {"input_len": 17, "output_len": 180, "num_requests": 8, "max_concurrency": 8, "seed": 1}
 FORCED = (1, 3, 4, 6)  # the experts that layer 0 of the second model always takes, 4 of its 8
@@ -135,8 +135,9 @@ def test_times_of_requests_agree_with_each_other(children: dict[str, SimpleNames
 @pytest.mark.slow
 def test_the_same_prompts_again_hit_no_prefix(children: dict[str, SimpleNamespace]) -> None:
     _, first, second, *_ = children["load"].lines
-    assert first["num_cached_tokens"] == second["num_cached_tokens"] == 0
-    assert "enable_prefix_caching=True" in children["load"].log  # there is a cache that they could have hit
+    assert (first["event"], second["event"]) == ("case", "case")  # a hit would be an error
+    assert first["seed"] == second["seed"] and first["input_len"] >= 32
+    assert "enable_prefix_caching=True" in children["load"].log  # and there is a cache to hit: one block of 32
 
 
 @pytest.mark.slow
@@ -246,7 +247,7 @@ def test_prompts_differ_from_each_other_and_repeat_by_seed() -> None:
         ("{}", "^first line: found keys none, allowed: model and engine$"),
         ('{"model": "", "engine": {}}', "^first line, key `model`: found '', allowed: a folder or a name on the hub$"),
         ('{"model": "m", "engine": 3}', "^first line, key `engine`: found 3, allowed: an object of LLM's arguments$"),
-        ('{"model": "m", "engine": {"disable_log_stats": true}}', "^first line, key `engine`: found disable_log_stats, "),
+        ('{"model": "m", "engine": {"disable_log_stats": 1}}', "^first line, key `engine`: found disable_log_stats, "),
     ],
 )
 def test_a_bad_first_line_is_refused_before_vllm_is_imported(line: str, message: str) -> None:
@@ -271,7 +272,7 @@ def test_a_bad_case_is_refused_in_one_line(changes: dict[str, Any], message: str
 
 
 def test_an_incomplete_case_names_what_is_missing() -> None:
-    with pytest.raises(ConfigError, match="^case, key `num_requests`: found nothing, allowed: an integer"):
+    with pytest.raises(ConfigError, match=r"^case, key `num_requests`: found nothing, allowed: an integer"):
         Load.from_line({"input_len": 1, "output_len": 1, "max_concurrency": 1})
 
 
