@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_puzzle.bench.efficiency.tables import number, percent, table
 from vllm_puzzle.bench.engine.anchors import Answer, anchors_of, answer, derived_shapes
-from vllm_puzzle.bench.engine.case import DECODE, FIT, PREFILL
+from vllm_puzzle.bench.engine.case import DECODE, FIT, FULL, PREFILL
 from vllm_puzzle.bench.engine.derived import Derived, derive
 from vllm_puzzle.bench.engine.model_folder import is_reconstructed
 from vllm_puzzle.bench.engine.plan import START_S, estimate_of, fitting_batch, memory_plan
@@ -35,13 +35,14 @@ def case_line(row: Row) -> str:
 
 
 def pair_line(pair: Mapping[str, Any]) -> str:
-    """One comparison on one line."""
-    lost, low, high = (100 * (1 - pair[key]) for key in ("ratio", "high", "low"))
-    judged = "" if pair["tolerance"] is None else f": at most {percent(pair['tolerance'], 0)} slower, {pair['verdict']}"
-    return (
-        f"  {pair['case']}: {pair['b']} is {lost:+.2f} % slower than {pair['a']} ({low:+.2f} to {high:+.2f} %, "
-        f"{pair['blocks']} blocks){judged}"
-    )
+    """One comparison on one line: b's speed over a's, or, where a loss is judged, by how much it differs."""
+    head, blocks = f"  {pair['case']}: {pair['b']}", f"{pair['blocks']} blocks"
+    if pair["tolerance"] is None:
+        reach = f"{pair['low']:.3f} to {pair['high']:.3f}, {blocks}"
+        return f"{head} at {pair['ratio']:.3f}x the speed of {pair['a']} ({reach})"
+    change, low, high = (100 * (pair[key] - 1) for key in ("ratio", "low", "high"))
+    wanted = f"at most {percent(pair['tolerance'], 0)} slower: {pair['verdict']}"
+    return f"{head} {change:+.2f} % in speed against {pair['a']} ({low:+.2f} to {high:+.2f} %, {blocks}); {wanted}"
 
 
 def finish(results: Results) -> list[Answer]:
@@ -65,17 +66,20 @@ def summary(results: Results) -> str:
     if results.pairs:
         lines += ["both engines at once, 95 % intervals:", *map(pair_line, results.pairs)]
     if results.derived:
-        lines += ["derived, not measured:", *(derived_line(Derived(**each)) for each in results.derived)]
+        lines += ["derived, not measured:", *(derived_line(Derived(**each), results.rows) for each in results.derived)]
     reconstructed = sorted({row.model for row in results.rows if row.is_reconstructed})
     lines += [f"{name}: its configuration is a reconstruction" for name in reconstructed]
     return "\n".join([*lines, *answer_lines(answers)])
 
 
-def derived_line(found: Derived) -> str:
-    """One derived figure on one line."""
+def derived_line(found: Derived, rows: Sequence[Row]) -> str:
+    """One derived figure on one line, and the measured one where it was measured too."""
+    lengths = (found.variant, found.input_len, found.output_len, found.batch, FULL, OK)
+    same = [r for r in rows if (r.variant, r.input_len, r.output_len, r.batch, r.role, r.status) == lengths]
+    beside = f"; measured {number(same[0].output_throughput)}" if same else ""
     return (
         f"  {found.variant} {found.input_len}/{found.output_len} b{found.batch}: {number(found.output_throughput)} "
-        f"tokens/s from {number(found.prefill_s)} s a prompt and {1000 * found.step_s:.2f} ms a step"
+        f"tokens/s from {number(found.prefill_s)} s a prompt and {1000 * found.step_s:.2f} ms a step{beside}"
     )
 
 

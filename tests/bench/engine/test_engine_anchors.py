@@ -142,6 +142,15 @@ def test_derived_figures_join_the_two_cases_of_one_variant() -> None:
     assert LONG in derived_shapes("gptoss") and derived_shapes("super49") == ()
 
 
+def test_a_derived_figure_stands_beside_the_measured_one_where_there_is_one() -> None:
+    found = Derived("gptoss", "88b-fp8kv", 4096, 4096, 64, 900.0, 1.0, 1.0, "p", "d")
+    rows = [row("88b-fp8kv", Shape(4096, 4096), batch, 850.0 + batch) for batch in (32, 64)]
+    assert report.derived_line(found, rows).endswith(
+        "b64: 900 tokens/s from 1 s a prompt and 1000.00 ms a step; measured 914"
+    )
+    assert "measured" not in report.derived_line(found, rows[:1])
+
+
 def test_a_derived_ratio_says_that_it_is() -> None:
     some = [
         Derived("gptoss", name, 65536, 65536, batch, rate, 1.0, 1.0, "p", "d")

@@ -22,6 +22,9 @@ from vllm_puzzle.bench.engine.model_folder import (
 from vllm_puzzle.bench.engine.plan import GPUS, cache_bytes, estimate_of, find_gpu, fitting_batch, memory_plan
 from vllm_puzzle.bench.engine.suites import NANO, PARENT, QWEN, STEP_3, SUITES, SUPER, find_suite
 from vllm_puzzle.model_configs.catalogue import NAMES
+from vllm_puzzle.model_configs.ffn_fusion import requested_plan
+from vllm_puzzle.model_configs.formats import read_model
+from vllm_puzzle.model_configs.fused_tensors import fuse_quantization
 from vllm_puzzle.model_configs.quantization_formats import read_quantization
 from vllm_puzzle.model_configs.schema import ConfigError
 from vllm_puzzle.model_configs.tensors import num_parameters
@@ -106,6 +109,16 @@ def test_a_fused_variant_is_planned_as_fused() -> None:
     assert sum(layer.ffn is not None for layer in plain.layers) == 80
     # 42-50 is nine FFNs in one, 53-61 nine, 62-69 eight.
     assert sum(layer.ffn is not None for layer in fused.layers) == 80 - 8 - 8 - 7
+
+
+def test_the_fused_variants_fp8_parts_can_be_joined() -> None:
+    variant = EngineVariant("a", SUPER, "fp8", flags={"hf_overrides": STEP_3})
+    config = configuration(variant)
+    record = read_model(config)
+    quantization = read_quantization(record, config["quantization_config"])
+    assert quantization is not None
+    fused = fuse_quantization(requested_plan(record, STEP_3), quantization)
+    assert len(fused.schemes) == len(quantization.schemes) - 3 * (8 + 8 + 7)
 
 
 # --- the plan ------------------------------------------------------------------------------------------------------

@@ -141,7 +141,9 @@ def test_two_engines_are_compared_in_blocks(tmp_path: Path) -> None:
     )
     assert all(pair["ratio"] == pytest.approx(0.98) for pair in one.results.pairs)
     assert {row.case for row in one.results.rows} == set(names(asked))
-    assert "  5/50 b1: v1 is +2.00 % slower than v0 (+2.00 to +2.00 %, 3 blocks): at most 1 % slower, not met" in lines
+    assert (
+        "  5/50 b1: v1 -2.00 % in speed against v0 (-2.00 to -2.00 %, 3 blocks); at most 1 % slower: not met" in lines
+    )
     same = suite({}, {}, pairs=True)
     other, _ = run_of(same, tmp_path / "same", ENGINE, time.monotonic() + MINUTE)
     run_suite(other)
