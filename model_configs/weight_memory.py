@@ -39,7 +39,7 @@ PLAIN_BYTES, SCALE_BYTES = 2, 4
 ELEMENT_BYTES = {"F8_E4M3": 1, "U8": 1, "I8": 1, "I32": 4, "I64": 8}
 LATENT = ("fc1_latent_proj", "fc2_latent_proj")
 # Whole on every rank: vLLM's ReplicatedLinear and GateLinear.
-REPLICATED = (*(name for name in UNQUANTIZED if name != "embed_tokens"), *LATENT)
+REPLICATED = (*(name for name in UNQUANTIZED if not name.startswith("embed")), *LATENT)
 NON_GATED_FP8_MULTIPLE = 128
 
 SchemeOf = Callable[[str, Shape], Scheme | None]
@@ -87,10 +87,7 @@ def weight_parts(
     """
     check_weights(record, weights)
     tp = tensor_parallel_size
-    num_matrices = 1 if record.tie_word_embeddings else 2
-    matrix = record.vocab_size * record.hidden_size
-    rows = ceil(record.vocab_size / tp)
-    totals = {"embeddings": [0, num_matrices * matrix, num_matrices * rows * record.hidden_size * PLAIN_BYTES]}
+    totals = {"embeddings": [0, *_embeddings(record, quantization, tp)]}
     for layer, num_layers, scheme_of in _distinct_layers(record, weights, quantization):
         found = _layer_totals(record, layer, scheme_of, weights == "mxfp4", tp, multiples)
         for name, (parameters, size) in found.items():
@@ -179,6 +176,17 @@ def _by_word(weights: str, is_kept: bool, has_experts: bool) -> SchemeOf:
         return MODELOPT["FP8" if weights == "fp8" or is_wide else "NVFP4"]
 
     return scheme
+
+
+def _embeddings(record: ModelRecord, quantization: Quantization | None, tp: int) -> tuple[int, int]:
+    """Parameters of embedding and output matrix, and their bytes on one rank. The latter alone can be quantized."""
+    shape = ceil(record.vocab_size / tp), record.hidden_size
+    size = PLAIN_BYTES * prod(shape)
+    if record.tie_word_embeddings:
+        return record.vocab_size * record.hidden_size, size
+    scheme = None if quantization is None else quantization.schemes.get("lm_head")
+    output = size if scheme is None else _scheme_bytes(scheme, *shape)
+    return 2 * record.vocab_size * record.hidden_size, size + output
 
 
 # --- bytes of one layer --------------------------------------------------------------------------------------------

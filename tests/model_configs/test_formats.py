@@ -123,6 +123,9 @@ def test_ffn_mult_gives_the_published_widths(ffn_mult: float, hidden: int, width
         ("nemotron-3-nano-30b-a3b.json", 31_577_940_288, 6, 6_144),
         ("nemotron-3-super-120b-a12b-fp8.json", 120_668_707_840, 8, 8_192),
         ("nemotron-3-ultra-550b-a55b.json", 549_308_993_536, 12, 12_288),
+        ("nemotron-3.5-lightning-30b-a3b-nvfp4.json", 31_577_940_288, 6, 6_144),
+        ("llama-3.3-70b-instruct.json", 70_553_706_496, 80, 327_680),
+        ("qwen3-30b-a3b-thinking-2507.json", 30_532_122_624, 48, 98_304),
     ],
 )
 def test_the_published_configurations_have_their_published_sizes(

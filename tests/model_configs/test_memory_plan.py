@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm_puzzle.model_configs.activation_memory import RUNTIME_BYTES, activation_bytes, largest_layer
+from vllm_puzzle.model_configs.catalogue import find
 from vllm_puzzle.model_configs.ffn_fusion import Fusion, fuse, plan_fusion
-from vllm_puzzle.model_configs.inspect_model import load_record
 from vllm_puzzle.model_configs.memory_plan import (
     GPUS,
     MemoryPlan,
@@ -18,7 +17,7 @@ from vllm_puzzle.model_configs.memory_plan import (
     smallest_gpu,
     weight_bytes,
 )
-from vllm_puzzle.model_configs.memory_settings import FLAGS
+from vllm_puzzle.model_configs.memory_settings import FLAGS, MemorySettings, flags_that_fit
 from vllm_puzzle.model_configs.request_memory import kv_bytes_of_request, state_bytes_of_request
 from vllm_puzzle.model_configs.schema import (
     Attention,
@@ -33,24 +32,23 @@ from vllm_puzzle.model_configs.schema import (
 )
 from vllm_puzzle.model_configs.tensors import kv_bytes_per_token
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 GIB, MIB = 2**30, 2**20
 
 
 def published(name: str) -> ModelRecord:
-    return load_record(CONFIGS / name)
+    return find(name).record()
 
 
 def model(*layers: LayerRecord, hidden: int = 24, vocab: int = 51, family: str = "llama") -> ModelRecord:
     return ModelRecord(family, "AnyModel", vocab, hidden, layers, 131072, 1e-5, Rope())
 
 
-SUPER_49B = published("nemotron-super-49b-v1.json")
-LLAMA_70B = model(*[LayerRecord(Attention(64, 8, 128), GatedFFN(28672))] * 80, hidden=8192, vocab=128256)
+SUPER_49B = published("llama-3.3-nemotron-super-49b-v1")
+LLAMA_70B = published("llama-3.3-70b-instruct")
 LLAMA_8B = model(*[LayerRecord(Attention(32, 8, 128), GatedFFN(14336))] * 32, hidden=4096, vocab=128256)
-OSS_120B = published("gpt-oss-120b.json")
-PUZZLE_88B = published("gpt-oss-puzzle-88b.reconstructed.json")
-NANO = published("nemotron-3-nano.json")
+OSS_120B = published("gpt-oss-120b")
+PUZZLE_88B = published("gpt-oss-puzzle-88b")
+NANO = published("nemotron-3-nano-30b-a3b")
 USUAL: dict[str, Any] = {
     "weights": "fp8",
     "kv_dtype": "fp8",
@@ -106,9 +104,9 @@ def test_a_request_of_gpt_oss_takes_the_papers_mib(tokens: int, puzzle: int, par
 @pytest.mark.parametrize(
     ("name", "megabytes", "mambas", "channels"),
     [
-        ("nemotron-3-nano.json", 48.2, 23, 64 * 64 + 2 * 8 * 128),
-        ("nemotron-3-super.json", 167.8, 40, 128 * 64 + 2 * 8 * 128),
-        ("nemotron-3-ultra.json", 402.7, 48, 256 * 64 + 2 * 8 * 128),
+        ("nemotron-3-nano-30b-a3b", 48.2, 23, 64 * 64 + 2 * 8 * 128),
+        ("nemotron-3-super-120b-a12b-fp8", 167.8, 40, 128 * 64 + 2 * 8 * 128),
+        ("nemotron-3-ultra-550b-a55b", 402.7, 48, 256 * 64 + 2 * 8 * 128),
     ],
 )
 def test_mamba_states_take_the_papers_megabytes(name: str, megabytes: float, mambas: int, channels: int) -> None:
@@ -331,9 +329,18 @@ def test_advice_covers_every_flag_that_can_help() -> None:
     assert found == set(FLAGS)
 
 
+@pytest.mark.parametrize("limit", range(13, 140, 9))
+def test_the_largest_size_is_found_wherever_the_limit_lies(limit: int) -> None:
+    plain = {name: value for name, value in USUAL.items() if name != "gpu"}
+    settings = MemorySettings(**(plain | {"max_model_len": 140, "max_num_seqs": 140}), gpu=GPUS["H100-80"])
+    assert flags_that_fit(settings, lambda tried: tried.max_num_seqs <= limit) == (f"--max-num-seqs {limit}",)
+    expected = () if limit < 16 else (f"--max-model-len {limit // 16 * 16}",)
+    assert flags_that_fit(settings, lambda tried: tried.max_model_len <= limit) == expected
+
+
 def test_there_is_no_advice_where_it_fits_or_nothing_helps() -> None:
     assert plan_memory(SUPER_49B, **USUAL).advice() == ()
-    ultra = published("nemotron-ultra-253b-v1.json")
+    ultra = published("llama-3.1-nemotron-ultra-253b-v1")
     assert plan_memory(ultra, **(USUAL | {"gpu": replace(GPUS["L40S-48"], memory_bytes=8 * GIB)})).advice() == ()
 
 
@@ -349,9 +356,16 @@ def test_there_is_no_advice_where_it_fits_or_nothing_helps() -> None:
         (LLAMA_70B, "fp8", "fp8", "H200-141"),
         # OpenAI: 120b on one 80 GB card, 20b within 16 GB
         (OSS_120B, "mxfp4", "bf16", "A100-80"),
-        (published("gpt-oss-20b.json"), "mxfp4", "bf16", "L40S-48"),
+        (published("gpt-oss-20b"), "mxfp4", "bf16", "L40S-48"),
+        # 241 GB, or half of it, against cards of 150
+        (published("nemotron-3-super-120b-a12b-fp8"), "bf16", "fp8", "2 x H200-141"),
+        # 70.9 GB leave 3.7 on an 80 GB card; 32,768 tokens take 5.2, 16,384 half of it
+        (replace(LLAMA_70B, layers=LLAMA_70B.layers[:78]), "fp8", "fp8", "H200-141"),
+        (replace(LLAMA_70B, layers=LLAMA_70B.layers[:78], max_position_embeddings=16_384), "fp8", "fp8", "A100-80"),
+        # 40 layers: 72 GB, padded to 78 on an A100
+        (replace(OSS_120B, layers=(*OSS_120B.layers, *OSS_120B.layers[:4])), "mxfp4", "fp8", "H100-80"),
         # 550B parameters: one byte each is more than 4 of any card, 2 bytes are 1.1 TB of a node's 1.4
-        (published("nemotron-3-ultra.json"), "bf16", "fp8", "8 x B200-192"),
+        (published("nemotron-3-ultra-550b-a55b"), "bf16", "fp8", "8 x B200-192"),
     ],
 )
 def test_the_smallest_gpu_is_the_known_one(record: ModelRecord, weights: str, kv_dtype: str, expected: str) -> None:
@@ -359,7 +373,7 @@ def test_the_smallest_gpu_is_the_known_one(record: ModelRecord, weights: str, kv
 
 
 def test_no_smaller_choice_than_the_smallest_gpu_serves_the_request() -> None:
-    ultra = published("nemotron-ultra-253b-v1.json")
+    ultra = published("llama-3.1-nemotron-ultra-253b-v1")
     count, card = smallest_gpu(ultra, "bf16", "bf16").split(" x ")
     settings: dict[str, Any] = {
         "weights": "bf16", "kv_dtype": "bf16", "max_model_len": 32_768, "max_num_seqs": 1,

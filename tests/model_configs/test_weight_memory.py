@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from math import ceil, prod
-from pathlib import Path
 
 import pytest
+from vllm_puzzle.model_configs.catalogue import find
 from vllm_puzzle.model_configs.ffn_fusion import Fusion, fuse, plan_fusion
 from vllm_puzzle.model_configs.gpus import GIB, GPUS
-from vllm_puzzle.model_configs.inspect_model import load_record
-from vllm_puzzle.model_configs.quantization import stored_tensors
+from vllm_puzzle.model_configs.quantization import Quantization, stored_tensors
 from vllm_puzzle.model_configs.quantization_formats import read_quantization
 from vllm_puzzle.model_configs.schema import (
     Attention,
@@ -25,31 +24,30 @@ from vllm_puzzle.model_configs.schema import (
 from vllm_puzzle.model_configs.tensors import num_parameters
 from vllm_puzzle.model_configs.weight_memory import expert_multiples, weight_bytes, weight_parts
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 GB = 10**9
 
 
 def published(name: str) -> ModelRecord:
-    return load_record(CONFIGS / name)
+    return find(name).record()
 
 
 def model(*layers: LayerRecord, hidden: int = 24, vocab: int = 51, family: str = "llama") -> ModelRecord:
     return ModelRecord(family, "AnyModel", vocab, hidden, layers, 1024, 1e-5, Rope())
 
 
-LLAMA_70B = model(*[LayerRecord(Attention(64, 8, 128), GatedFFN(28672))] * 80, hidden=8192, vocab=128256)
+LLAMA_70B = published("llama-3.3-70b-instruct")
 
 
 @pytest.mark.parametrize(
     ("record", "weights", "unit", "expected", "digit"),
     [
         # papers' derived figures, to the digit they have
-        (published("nemotron-super-49b-v1.json"), "fp8", GB, 52.0, 0.1),
+        (published("llama-3.3-nemotron-super-49b-v1"), "fp8", GB, 52.0, 0.1),
         (LLAMA_70B, "fp8", GB, 72.7, 0.1),
-        (published("gpt-oss-120b.json"), "mxfp4", GIB, 60.77, 0.01),
-        (published("gpt-oss-puzzle-88b.reconstructed.json"), "mxfp4", GIB, 46.56, 0.01),
+        (published("gpt-oss-120b"), "mxfp4", GIB, 60.77, 0.01),
+        (published("gpt-oss-puzzle-88b"), "mxfp4", GIB, 46.56, 0.01),
         # a load that vLLM reports: besides the digit, up to 2 MiB per tensor that torch's allocator rounds (52 layers)
-        (published("nemotron-3-nano.json"), "bf16", GIB, 58.9, 0.1),
+        (published("nemotron-3-nano-30b-a3b"), "bf16", GIB, 58.9, 0.1),
     ],
 )
 def test_weights_have_the_published_size(
@@ -60,16 +58,16 @@ def test_weights_have_the_published_size(
 
 def test_experts_padded_by_a_kernel_have_the_size_that_was_loaded() -> None:
     # gpt-oss-puzzle with Marlin's padding, 2880 to 3072 and 2944: 50.71 GiB, some of it workspace: hence 1 %.
-    puzzle = published("gpt-oss-puzzle-88b.reconstructed.json")
+    puzzle = published("gpt-oss-puzzle-88b")
     padded = weight_bytes(puzzle, "mxfp4", multiples=GPUS["A100-80"].mxfp4_multiples)
     assert padded / GIB == pytest.approx(50.71, rel=0.01)
     # Nemotron 3 Nano in FP8 with FlashInfer's, 1856 to 1920: 31.4 GiB, to its digit.
-    nano = published("nemotron-3-nano.json")
+    nano = published("nemotron-3-nano-30b-a3b")
     multiples = expert_multiples(nano, "fp8", (1, 1))
     assert multiples == (1, 128)
     assert abs(weight_bytes(nano, "fp8", multiples=multiples) / GIB - 31.4) <= 0.1
     # Hopper's MXFP4 kernels leave both sizes: 120b loads what its checkpoint has, 60.77 GiB.
-    big = published("gpt-oss-120b.json")
+    big = published("gpt-oss-120b")
     assert weight_bytes(big, "mxfp4", multiples=GPUS["H100-80"].mxfp4_multiples) == weight_bytes(big, "mxfp4")
 
 
@@ -97,7 +95,7 @@ def test_an_odd_dense_model_weighs_what_a_hand_computes() -> None:
 
 
 def test_the_parts_hold_every_parameter_once() -> None:
-    for record, weights in ((ODD, "bf16"), (published("gpt-oss-20b.json"), "mxfp4"), (LLAMA_70B, "nvfp4")):
+    for record, weights in ((ODD, "bf16"), (published("gpt-oss-20b"), "mxfp4"), (LLAMA_70B, "nvfp4")):
         parts = weight_parts(record, weights)
         assert sum(part.num_parameters for part in parts) == num_parameters(record)
     parts_by_name = {part.name: part for part in weight_parts(ODD, "bf16")}
@@ -115,6 +113,13 @@ def test_an_odd_gpt_oss_in_mxfp4_weighs_what_a_hand_computes() -> None:
     experts = 5 * (128 * 17 + 32 * 2 * 17) + 2 * 5 * (128 + 32)
     assert weight_bytes(record, "mxfp4") == trunk + attention + router + experts
     assert weight_bytes(record, "bf16") == 2 * num_parameters(record)
+
+
+def test_ranks_of_gpt_oss_cut_the_experts_and_repeat_the_biases_that_are_added_after_the_sum() -> None:
+    record = model(LayerRecord(Attention(4, 2, 8, has_sinks=True), MoE(5, 2, 64)), hidden=32, family="gpt_oss")
+    by_name = {part.name: part.num_bytes for part in weight_parts(record, "bf16", tensor_parallel_size=2)}
+    # gate_up 32 x 128 and down 64 x 32 by half, gate_up's 128 biases too, down's 32 whole
+    assert by_name["experts"] == 5 * 2 * (32 * 64 + 32 * 32 + 64 + 32)
 
 
 HYBRID = model(
@@ -139,23 +144,51 @@ def test_nemotron_h_in_fp8_keeps_attention_the_mamba_before_it_and_the_latent_pr
     assert weight_bytes(HYBRID, "nvfp4") == weight_bytes(HYBRID, "fp8") - experts + nvfp4
 
 
+def bytes_of_table(record: ModelRecord, quantization: Quantization) -> int:
+    sizes, total = {"U8": 1, "F8_E4M3": 1}, 0
+    for name, stored in stored_tensors(record, quantization).items():
+        is_scale = name.endswith(("scale", "scale_2"))
+        total += prod(stored.shapes[0]) * sizes.get(stored.dtypes[0], 4 if is_scale else 2)
+    return total
+
+
 @pytest.mark.parametrize("word", ["FP8", "NVFP4"])
 def test_a_quantization_entry_gives_the_exact_bytes_of_its_table(word: str) -> None:
-    record = published("nemotron-super-49b-v1.json")
+    record = published("llama-3.3-nemotron-super-49b-v1")
     entry = {"quant_method": "modelopt", "quant_algo": word, "ignore": ["lm_head", "model.layers.3.self_attn*"]}
     quantization = read_quantization(record, entry)
     assert quantization is not None
-    sizes = {"U8": 1, "F8_E4M3": 1}
-    expected = 0
-    for name, entry_ in stored_tensors(record, quantization).items():
-        is_scale = name.endswith("scale") or name.endswith("scale_2")
-        expected += prod(entry_.shapes[0]) * sizes.get(entry_.dtypes[0], 4 if is_scale else 2)
-    assert weight_bytes(record, "bf16", quantization=quantization) == expected
+    found = weight_bytes(record, "bf16", quantization=quantization)
+    assert found == bytes_of_table(record, quantization)
     # What the word means is the same list without layer 3's four matrices.
     attention = 8192 * (8192 + 2 * 1024 + 8192)
-    narrow = weight_bytes(record, word.lower())
     share = 1 if word == "FP8" else 9 / 16
-    assert expected - narrow == pytest.approx(attention * (2 - share) - 4 * 8)
+    assert found - weight_bytes(record, word.lower()) == attention * (2 - share) - 4 * 8
+
+
+def test_a_quantization_entry_is_read_under_the_names_of_nemotron_h() -> None:
+    entry = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head", "backbone.layers.0.mixer.in_proj"]}
+    quantization = read_quantization(HYBRID, entry)
+    assert quantization is not None
+    found = weight_bytes(HYBRID, "fp8", quantization=quantization)
+    assert found == bytes_of_table(HYBRID, quantization)
+    everything = read_quantization(HYBRID, entry | {"ignore": []})
+    assert everything is not None
+    assert weight_bytes(HYBRID, "fp8", quantization=everything) == bytes_of_table(HYBRID, everything)
+    # in_proj and the output matrix, one byte an entry less, two scales each
+    saved = 24 * (2 * 32 + 64 + 4) + 51 * 24 - 2 * 8
+    assert found - weight_bytes(HYBRID, "fp8", quantization=everything) == saved
+
+
+def test_a_quantization_entry_is_read_for_each_parallel_block() -> None:
+    blocks = tuple(LayerRecord(None, GatedFFN(width)) for width in (40, 56))
+    record = model(LayerRecord(None, None, blocks), LayerRecord(Attention(6, 2, 8), None), family="nemotron-nas")
+    entry = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head", "*parallel_blocks.1.mlp*"]}
+    quantization = read_quantization(record, entry)
+    assert quantization is not None
+    found = weight_bytes(record, "fp8", quantization=quantization)
+    assert found == bytes_of_table(record, quantization)
+    assert found - weight_bytes(record, "fp8") == 3 * (24 * 56 - 8)
 
 
 def test_ranks_hold_their_part_and_repeat_kv_heads_norms_and_routers() -> None:
@@ -180,7 +213,7 @@ def test_ranks_of_a_mamba_mixer_repeat_the_groups_that_do_not_divide() -> None:
 
 
 def test_ffn_fusion_changes_the_weights_by_the_norms_it_shares_out() -> None:
-    record = published("nemotron-super-49b-v1.json")
+    record = published("llama-3.3-nemotron-super-49b-v1")
     plan = plan_fusion(record, Fusion((((42, 50),), ((53, 61), (62, 69)))))
     dropped = 9 + 9 + 8 - 3
     assert weight_bytes(record, "bf16") - weight_bytes(fuse(record, plan), "bf16") == dropped * 2 * 8192
@@ -191,7 +224,7 @@ def test_ffn_fusion_changes_the_weights_by_the_norms_it_shares_out() -> None:
     [
         (ODD, "int4", "weights: found 'int4', allowed: bf16, fp8, mxfp4, nvfp4"),
         (ODD, "mxfp4", "weights of a llama: found 'mxfp4', allowed: bf16, fp8, nvfp4"),
-        (published("gpt-oss-20b.json"), "fp8", "weights of a gpt_oss: found 'fp8', allowed: bf16, mxfp4"),
+        (published("gpt-oss-20b"), "fp8", "weights of a gpt_oss: found 'fp8', allowed: bf16, mxfp4"),
     ],
 )
 def test_a_word_that_a_model_cannot_have_is_refused(record: ModelRecord, weights: str, message: str) -> None:
