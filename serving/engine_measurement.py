@@ -6,10 +6,16 @@ JSON lines on standard input, JSON lines on standard output; what vLLM prints go
     {"input_len": 128, "output_len": 128, "num_requests": 64,
      "max_concurrency": 16, "seed": 1}                             → {"event": "case", …} (serving/engine_load.py)
     {"routing": {"num_tokens": 16, "seed": 1}}                     → {"event": "routing", …} (serving/engine_routing.py)
+    {"weights": "even"}                                            → {"event": "weights", …}, with dummy weights only
 
 A case that warms up is a case like any other, sent first. The end of the input ends the process. Any error is one line,
 {"event": "error", "message": …}, and exit status 1. All times are seconds, all sizes bytes or tokens. Environment
 variables are the parent's; only VLLM_ENABLE_V1_MULTIPROCESSING has another default on a CPU build (0).
+
+**vLLM's dummy weights send every token to the same experts** where routers have a bias: all weights are within ±0.001,
+and the bias outweighs what a token adds. (gpt-oss in small, 32 tokens, 4 of 32 experts each: a step reads 4 experts in
+place of 31.5.) The speed is another model's then. {"weights": "even"} sets norms to 1 and biases to 0, and a temperature
+of 1 keeps the requests' tokens apart: choices are even after that, which {"routing": …} shows.
 """
 
 from __future__ import annotations
@@ -99,9 +105,19 @@ def _answer(engine: Any, recorder: StepRecorder, line: dict[str, Any]) -> dict[s
         from vllm_puzzle.serving.engine_routing import run_routing
 
         return {"event": "routing"} | run_routing(engine, recorder, line["routing"])
+    if set(line) == {"weights"}:
+        return _even_weights(engine, line["weights"])
     load = Load.from_line(line)
     result = run_load(engine, recorder, load)
     return {"event": "case"} | asdict(load) | result | {"memory_bytes": _memory(engine)["memory_bytes"]}
+
+
+def _even_weights(engine: Any, how: object) -> dict[str, Any]:
+    found = str(engine.vllm_config.load_config.load_format)
+    if how != "even" or found != "dummy":
+        raise ConfigError(f"weights: found {how!r} with load_format {found}, allowed: 'even' with load_format dummy")
+    engine.collective_rpc("puzzle_even_weights")
+    return {"event": "weights", "weights": how}
 
 
 def _register_classes() -> None:

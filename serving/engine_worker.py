@@ -40,6 +40,18 @@ class EngineMeasurementWorker:
         weights = getattr(self.model_runner, "model_memory_usage", None)
         return {"memory_bytes": peak, "weights_bytes": None if weights is None else int(weights)}
 
+    def puzzle_even_weights(self) -> None:
+        """Set every norm's weights to 1 and every bias to 0 (vLLM's dummy weights are all within ±0.001).
+
+        A bias that is as large as what a token adds decides alone: every token goes to the same experts, and every
+        request generates the same tokens.
+        """
+        for name, parameter in self.model_runner.get_model().named_parameters():
+            if name.endswith("bias"):
+                parameter.data.zero_()
+            elif parameter.ndim == 1 and name.endswith(".weight") and "norm" in name.split(".")[-2]:
+                parameter.data.fill_(1)
+
     def puzzle_watch_routing(self, num_tokens: int) -> None:
         """Count where the tokens of steps of `num_tokens` go, from now on."""
         self.puzzle_routing_watch = RoutingWatch(num_tokens)

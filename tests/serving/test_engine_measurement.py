@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -13,10 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import checkpoints
 import families
 import pytest
-from safetensors.torch import load_file, save_file
 from vllm_puzzle.model_configs.schema import ConfigError
 from vllm_puzzle.serving import engine_load, engine_measurement
 from vllm_puzzle.serving.engine_load import Load, Step, steady_part
@@ -24,9 +23,9 @@ from vllm_puzzle.serving.engine_load import Load, Step, steady_part
 POCKET = Path(engine_measurement.__file__).resolve().parent.parent / "model_configs" / "pocket" / "puzzle"
 COMMAND = [sys.executable, "-P", "-m", "vllm_puzzle.serving.engine_measurement"]
 ENGINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 8, "block_size": 32}
-WARM_UP = {"input_len": 35, "output_len": 13, "num_requests": 7, "max_concurrency": 3, "seed": 5}
+WARM_UP = {"input_len": 99, "output_len": 13, "num_requests": 7, "max_concurrency": 3, "seed": 5}
 CROWDED = {"input_len": 17, "output_len": 180, "num_requests": 8, "max_concurrency": 8, "seed": 1}
-FORCED = (1, 3, 4, 6)  # the experts that layer 0 of the second model always takes, 4 of its 8
+ROUTING = {"routing": {"num_tokens": 7, "seed": 2}}
 
 
 def start(folder: Path, model: Path, engine: dict[str, Any], *lines: dict[str, Any]) -> Any:
@@ -49,26 +48,21 @@ def finish(folder: Path, child: Any) -> SimpleNamespace:
     return SimpleNamespace(status=status, lines=lines, log=(folder / "err").read_text())
 
 
-def routed_model(folder: Path) -> Path:
-    """gpt-oss with experts that differ by layer; the router of layer 0 has a bias that no token can outweigh."""
-    checkpoints.write_checkpoint(folder, families.FAMILIES["gpt_oss"])
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.0.mlp.router.bias"][list(FORCED)] = 1e4
-    save_file(tensors, folder / "model.safetensors")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def children(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SimpleNamespace]:
-    """Both children, side by side: one ends by a bad line, one by the end of its input."""
+    """Both children, side by side: one ends by a bad line, one by the end of its input.
+
+    The second serves gpt-oss with experts that differ by layer, on vLLM's dummy weights.
+    """
     folder = tmp_path_factory.mktemp("children")
-    routed = routed_model(folder / "model")
-    cache, large = {"kv_cache_memory_bytes": 3 << 20}, {"kv_cache_memory_bytes": 1 << 26}
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps(families.FAMILIES["gpt_oss"]))
+    cache, dummy = {"kv_cache_memory_bytes": 3 << 20}, {"kv_cache_memory_bytes": 1 << 26, "load_format": "dummy"}
     one = {"input_len": 3, "output_len": 1, "num_requests": 5, "max_concurrency": 2}
     lines = WARM_UP, WARM_UP, one, CROWDED, WARM_UP | {"output_len": 250}
     started = {
         "load": start(folder / "load", POCKET, ENGINE | cache, *lines),
-        "routing": start(folder / "routing", routed, ENGINE | large, {"routing": {"num_tokens": 7, "seed": 2}}),
+        "routing": start(folder / "routing", folder / "model", ENGINE | dummy, ROUTING, {"weights": "even"}, ROUTING),
     }
     return {name: finish(folder / name, child) for name, child in started.items()}
 
@@ -104,7 +98,7 @@ def test_the_child_says_what_it_measures_with(children: dict[str, SimpleNamespac
 def test_counts_are_exact_and_throughput_times_time_is_tokens(children: dict[str, SimpleNamespace]) -> None:
     cases = [line for line in children["load"].lines if line["event"] == "case"]
     assert [case["output_tokens"] for case in cases] == [7 * 13, 7 * 13, 5, 8 * 180]
-    assert [case["input_tokens"] for case in cases] == [7 * 35, 7 * 35, 5 * 3, 8 * 17]
+    assert [case["input_tokens"] for case in cases] == [7 * 99, 7 * 99, 5 * 3, 8 * 17]
     for case in cases:
         for rate, amount in (
             ("output_throughput", case["output_tokens"]),
@@ -136,8 +130,8 @@ def test_times_of_requests_agree_with_each_other(children: dict[str, SimpleNames
 def test_the_same_prompts_again_hit_no_prefix(children: dict[str, SimpleNamespace]) -> None:
     _, first, second, *_ = children["load"].lines
     assert (first["event"], second["event"]) == ("case", "case")  # a hit would be an error
-    assert first["seed"] == second["seed"] and first["input_len"] >= 32
-    assert "enable_prefix_caching=True" in children["load"].log  # and there is a cache to hit: one block of 32
+    assert first["seed"] == second["seed"]
+    assert "enable_prefix_caching=True" in children["load"].log  # and it would take 64 tokens of each prompt
 
 
 @pytest.mark.slow
@@ -154,27 +148,35 @@ def test_a_bad_case_ends_the_child_with_one_line(children: dict[str, SimpleNames
     assert children["load"].status == 1
     assert children["load"].lines[-1] == {
         "event": "error",
-        "message": "case: found input_len + output_len = 285, allowed: up to max_model_len 256",
+        "message": "case: found input_len + output_len = 349, allowed: up to max_model_len 256",
     }
 
 
 @pytest.mark.slow
-def test_routing_is_counted_layer_by_layer(children: dict[str, SimpleNamespace]) -> None:
-    ready, routing = children["routing"].lines
+def test_dummy_weights_route_every_token_alike_until_they_are_evened(children: dict[str, SimpleNamespace]) -> None:
+    ready, dummy, _, even = children["routing"].lines
     assert (children["routing"].status, ready["model_class"]) == (0, "PuzzleForCausalLM")
-    layers = {int(row["layer"].split(".")[2]): row for row in routing["layers"]}
-    sizes = {layer: (row["num_experts"], row["experts_per_token"]) for layer, row in layers.items()}
-    assert sizes == {0: (8, 4), 1: (4, 4), 3: (8, 2), 4: (8, 4)}  # layer 2 has no experts
-    forced = layers[0]
-    assert (forced["experts_touched"], forced["coverage"], forced["max_load_share"]) == (4, 0.5, 0.25)
-    assert forced["load_entropy"] == pytest.approx(2 / 3)  # log 4 / log 8
-    assert (layers[1]["coverage"], layers[1]["load_entropy"]) == (1, pytest.approx(1))  # four of four
-    for row in layers.values():
-        assert row["num_steps"] >= 8
-        assert row["experts_per_token"] <= row["experts_touched"] <= row["num_experts"]
-        assert 1 / row["num_experts"] <= row["max_load_share"] <= 1 / row["experts_per_token"]
-    # Seven tokens that each take 2 of 8 miss an expert with probability (6 / 8)^7.
-    assert layers[3]["coverage_if_uniform"] == pytest.approx(1 - 0.75**7)
+    sizes = {0: (8, 4), 1: (4, 4), 3: (8, 2), 4: (8, 4)}  # experts, of which a token takes; layer 2 has none
+    for answer in (dummy, even):
+        layers = {int(row["layer"].split(".")[2]): row for row in answer["layers"]}
+        assert {layer: (row["num_experts"], row["experts_per_token"]) for layer, row in layers.items()} == sizes
+        for row in layers.values():
+            num_experts, top_k = row["num_experts"], row["experts_per_token"]
+            assert row["num_steps"] >= 8
+            assert row["coverage_if_uniform"] == pytest.approx(1 - (1 - top_k / num_experts) ** 7)
+            if answer is dummy or top_k == num_experts:  # the same experts for all, exactly
+                assert (row["experts_touched"], row["coverage"]) == (top_k, top_k / num_experts)
+                assert row["max_load_share"] == pytest.approx(1 / top_k)
+                assert row["load_entropy"] == pytest.approx(math.log(top_k) / math.log(num_experts))
+            else:  # seven tokens of a vocabulary of 97, nine steps: within a tenth of an even choice
+                assert row["coverage"] == pytest.approx(row["coverage_if_uniform"], abs=0.1)
+                assert row["load_entropy"] > 0.9
+
+
+def test_weights_of_a_checkpoint_are_left_alone() -> None:
+    engine = SimpleNamespace(vllm_config=SimpleNamespace(load_config=SimpleNamespace(load_format="auto")))
+    with pytest.raises(ConfigError, match="^weights: found 'even' with load_format auto, allowed: 'even' with"):
+        engine_measurement._even_weights(engine, "even")
 
 
 def test_routing_of_given_choices_is_what_a_hand_counts() -> None:
