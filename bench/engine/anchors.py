@@ -28,16 +28,16 @@ ENGINE_51B = ("49B in place of the 51B, whose layers are not public", "vLLM in p
 P88 = "arXiv 2602.11937, abstract; lengths from the card of nvidia/gpt-oss-puzzle-88B"
 P88_DIFFERS = (
     "the 88B's configuration is reconstructed",
-    "random weights, so that experts are chosen nearly evenly",
+    "random weights, whose routers choose the experts nearly evenly",
     "the baseline's KV dtype, concurrency and flags are not known",
 )
 NANO = "arXiv 2512.20848"
 NANO_SETUP = "8192/16384, one H200, best of vLLM and TensorRT-LLM for each model, output tokens/s"
-NANO_DIFFERS = ("vLLM only", "random weights, so that experts are chosen nearly evenly")
+NANO_DIFFERS = ("vLLM only", "random weights, whose routers choose the experts nearly evenly")
 TUTORIAL = "NVIDIA/Model-Optimizer, examples/pruning/minitron, Nemotron-3-Nano"
 TUTORIAL_DIFFERS = (
     "32 requests in place of vllm bench throughput's 1,000, so that the tail weighs more",
-    "random weights, so that experts are chosen nearly evenly",
+    "random weights, whose routers choose the experts nearly evenly",
     "the tutorial gives other figures in other versions",
 )
 

@@ -80,7 +80,8 @@ class Load:
 class EngineVariant:
     """One engine. `model`: a name of the catalogue, or one of model_folder.OWN. `flags`: keyword arguments of vLLM's
     `LLM`; `env`: environment variables of its process; `as_decilm`: the same model under DeciLM's description, so that
-    our class serves it.
+    our class serves it. `is_evened`: norms of 1, no biases and a temperature of 1, without which a router with random
+    weights sends every token to the same experts.
     """
 
     name: str
@@ -90,6 +91,7 @@ class EngineVariant:
     flags: Mapping[str, Any] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     as_decilm: bool = False
+    is_evened: bool = False
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -115,7 +117,7 @@ class Case:
         """Unique within a suite."""
         return f"{self.variant.name} {self.shape.name} {'fit' if self.batch == FIT else f'b{self.batch}'}"
 
-    def request(self, batch: int, seed: int) -> dict[str, int]:
+    def request(self, batch: int, seed: int) -> dict[str, int | float]:
         """What the measuring process is asked for; `batch` is the number behind FIT.
 
         The first request of a decoding case decodes while the others' prompts are still read, a step for each chunk of
@@ -130,9 +132,10 @@ class Case:
             "num_requests": waves * batch,
             "max_concurrency": batch,
             "seed": seed,
+            "temperature": 1.0 if self.variant.is_evened else 0.0,
         }
 
-    def warm_up(self, batch: int, seed: int) -> dict[str, int]:
+    def warm_up(self, batch: int, seed: int) -> dict[str, int | float]:
         """A short request of the same shape: what is compiled or tuned at first sight is done before the clock runs."""
         few = max(1, min(batch, WARM_UP_TOKENS // self.shape.input_len))
         return {
@@ -141,6 +144,7 @@ class Case:
             "num_requests": few,
             "max_concurrency": few,
             "seed": seed,
+            "temperature": 1.0 if self.variant.is_evened else 0.0,
         }
 
 

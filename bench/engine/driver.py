@@ -72,9 +72,9 @@ class EngineChild:
         return self._answer("ready", limit_s)
 
     def ask(self, request: Mapping[str, Any], limit_s: float) -> dict[str, Any]:
-        """One case, or the routing. Raises EngineError."""
+        """One case, the routing, or other weights. Raises EngineError."""
         self._send(request)
-        return self._answer("routing" if "routing" in request else "case", limit_s)
+        return self._answer(next((kind for kind in ("routing", "weights") if kind in request), "case"), limit_s)
 
     def stop(self, is_patient: bool = True) -> None:
         """End the process and all that it started; it gets STOP_S for itself if `is_patient`."""

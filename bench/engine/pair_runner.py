@@ -11,7 +11,7 @@ from vllm_puzzle.bench.engine.driver import EngineChild, EngineError
 from vllm_puzzle.bench.engine.paired import A, B, Comparison, Visit, compare, order
 from vllm_puzzle.bench.engine.report import pair_line
 from vllm_puzzle.bench.engine.rows import OK, SKIPPED
-from vllm_puzzle.bench.engine.session import Run, ok_row, refuse, setup, start, started_line
+from vllm_puzzle.bench.engine.session import Run, ok_row, refuse, setup, start, started_line, wait
 
 
 def run_pair(run: Run, first: EngineVariant, second: EngineVariant) -> None:
@@ -33,9 +33,9 @@ def run_pair(run: Run, first: EngineVariant, second: EngineVariant) -> None:
     try:
         with start(run, first) as a:
             # On a GPU the second starts after the first, whose memory it measures; on a CPU both import meanwhile.
-            ready_a = a.ready(run.left) if run.machine.has_gpu else None
+            ready_a = wait(run, first, a) if run.machine.has_gpu else None
             with start(run, second) as b:
-                ready = (ready_a or a.ready(run.left), b.ready(run.left))
+                ready = (ready_a or wait(run, first, a), wait(run, second, b))
                 for variant, event in zip((first, second), ready, strict=True):
                     run.show(started_line(variant, event))
                 for pair in cases:

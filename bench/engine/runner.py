@@ -15,7 +15,7 @@ from vllm_puzzle.bench.engine.driver import EngineChild, EngineError
 from vllm_puzzle.bench.engine.pair_runner import run_pair
 from vllm_puzzle.bench.engine.plan import Estimate, cache_bytes, estimate_of, memory_plan, planned_batch
 from vllm_puzzle.bench.engine.rows import SKIPPED
-from vllm_puzzle.bench.engine.session import Run, ok_row, refuse, row_of, setup, start, started_line
+from vllm_puzzle.bench.engine.session import Run, ok_row, refuse, row_of, setup, start, started_line, wait
 
 # The first cases of an engine may come out far from the estimate; a limit is there for what hangs.
 MIN_LIMIT_S, LIMIT_FACTOR = 120.0, 8.0
@@ -59,8 +59,8 @@ def run_variant(run: Run, variant: EngineVariant) -> None:
 
 def _run_cases(run: Run, child: EngineChild, estimate: Estimate, todo: list[Case]) -> list[Case]:
     """Cases of one started engine; returns those that are still to be done after one that ended the engine."""
-    ready = child.ready(max(run.left, 1.0))
     variant = todo[0].variant
+    ready = wait(run, variant, child)
     kv_bytes = None if run.gpu is None else cache_bytes(variant, ready, run.gpu)
     run.show(started_line(variant, ready))
     for number, case in enumerate(todo):
@@ -96,7 +96,7 @@ def run_routing(run: Run) -> None:
             continue
         try:
             with start(run, replace(variant, name=name), enforce_eager=True, max_model_len=2048) as child:
-                child.ready(run.left)
+                wait(run, variant, child)
                 answers = [_routing(run, child, tokens) for tokens in ROUTING_TOKENS]
         except EngineError as error:
             run.show(f"{name}: {error}")

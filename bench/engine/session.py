@@ -83,8 +83,8 @@ class Run:
 def setup(case: Case) -> str:
     """A fingerprint of everything that a case asks of an engine."""
     variant = case.variant
-    asked = [configuration(variant), engine_arguments(variant), dict(variant.env), case.name, case.role]
-    asked.append(case.request(case.batch or 1, 0))
+    asked = [configuration(variant), engine_arguments(variant), dict(variant.env), variant.is_evened]
+    asked += [case.name, case.role, case.request(case.batch or 1, 0)]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -110,6 +110,14 @@ def start(run: Run, variant: EngineVariant, **changes: Any) -> EngineChild:
     engine = engine_arguments(variant) | changes
     log = run.work / f"{variant.name}.log"
     return EngineChild(variant.name, folder, engine, variant.env, log, run.command)
+
+
+def wait(run: Run, variant: EngineVariant, child: EngineChild) -> dict[str, Any]:
+    """The engine's first answer, once its weights are as the variant wants them. Raises EngineError."""
+    ready = child.ready(max(1.0, run.left))
+    if variant.is_evened:
+        child.ask({"weights": "even"}, max(1.0, run.left))
+    return ready
 
 
 def refuse(run: Run, variant: EngineVariant, todo: Sequence[Case]) -> bool:

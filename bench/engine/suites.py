@@ -187,7 +187,7 @@ def _gptoss() -> Suite:
     engine = _Engine(max_num_seqs=256, max_model_len=131072)
     models = (("120b", "gpt-oss-120b"), ("88b", "gpt-oss-puzzle-88b"))
     variants = [
-        EngineVariant(f"{name}-{kv}kv", model, kv_dtype=kv, flags=engine.flags())
+        EngineVariant(f"{name}-{kv}kv", model, kv_dtype=kv, flags=engine.flags(), is_evened=True)
         for name, model in models
         for kv in ("bf16", "fp8")
     ]
@@ -215,11 +215,11 @@ def _nano3() -> Suite:
         "nano3",
         "Nemotron-3-Nano-30B-A3B against Qwen3-30B-A3B and gpt-oss-20b",
         (
-            EngineVariant("nano-fp8", NANO, "fp8", "fp8", engine.flags()),
-            EngineVariant("qwen3-30b-fp8", QWEN, "fp8", "fp8", plain.flags()),
-            EngineVariant("gpt-oss-20b", "gpt-oss-20b", kv_dtype="bf16", flags=plain.flags()),
-            EngineVariant("nano-bf16", NANO, "bf16", "bf16", engine.flags()),
-            EngineVariant("nano-bf16-fp8kv", NANO, "bf16", "fp8", engine.flags()),
+            EngineVariant("nano-fp8", NANO, "fp8", "fp8", engine.flags(), is_evened=True),
+            EngineVariant("qwen3-30b-fp8", QWEN, "fp8", "fp8", plain.flags(), is_evened=True),
+            EngineVariant("gpt-oss-20b", "gpt-oss-20b", kv_dtype="bf16", flags=plain.flags(), is_evened=True),
+            EngineVariant("nano-bf16", NANO, "bf16", "bf16", engine.flags(), is_evened=True),
+            EngineVariant("nano-bf16-fp8kv", NANO, "bf16", "fp8", engine.flags(), is_evened=True),
         ),
         (
             Load(Shape(8192, 1), (4,), PREFILL),

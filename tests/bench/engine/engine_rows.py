@@ -26,10 +26,12 @@ def row(variant: str, shape: Shape, batch: int, rate: float | None, **more: Any)
     return Row(**(facts | more))
 
 
-def suite(*scripts: dict[str, Any], pairs: bool = False, blocks: int = 2, loads: Sequence[Load] = ()) -> Suite:
+def suite(
+    *scripts: dict[str, Any], pairs: bool = False, blocks: int = 2, loads: Sequence[Load] = (), is_evened: bool = False
+) -> Suite:
     """A suite of scripted engines, named v0, v1 …"""
     variants = tuple(
-        EngineVariant(f"v{index}", "llama-h512", flags={"script": script, "max_num_seqs": 8})
+        EngineVariant(f"v{index}", "llama-h512", flags={"script": script, "max_num_seqs": 8}, is_evened=is_evened)
         for index, script in enumerate(scripts)
     )
     chosen = tuple(loads) or (Load(Shape(5, 50), (1, 3), waves=1), Load(Shape(7, 20), (2,), waves=1))

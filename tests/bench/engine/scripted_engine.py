@@ -48,7 +48,7 @@ def main() -> int:
             "versions": {"vllm": "0.32.0", "torch": "2", "triton": None},
         }
     )  # fmt: skip
-    number = 0
+    number, evened = 0, False
     for text in sys.stdin:
         line = json.loads(text)
         if script.get("noise"):
@@ -58,6 +58,13 @@ def main() -> int:
             layer = {"layer": "0", "num_experts": 8, "coverage": 0.5}
             say({"event": "routing", "num_tokens": line["routing"]["num_tokens"], "layers": [layer]})
             continue
+        if "weights" in line:
+            evened = True
+            say({"event": "weights", "weights": line["weights"]})
+            continue
+        if line["temperature"] != float(evened):
+            say({"event": "error", "message": "sampling without even weights, or the other way round"})
+            return 1
         number += 1
         if number == script.get("fail_at"):
             say({"event": "error", "message": f"no room in {first['model']} for this"})

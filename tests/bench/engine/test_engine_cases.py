@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 from vllm_puzzle.bench.engine.case import DECODE, FIT, FULL, PREFILL, Case, EngineVariant, Load, Shape, parse_shape
+from vllm_puzzle.bench.engine.model_folder import record_of
 from vllm_puzzle.bench.engine.suites import SUITES, Suite, find_suite
-from vllm_puzzle.model_configs.schema import ConfigError
+from vllm_puzzle.model_configs.schema import ConfigError, MoE
 
 VARIANT = EngineVariant("a", "llama-h512", flags={"max_num_batched_tokens": 108})
 
@@ -46,7 +47,9 @@ def test_wrong_descriptions_are_refused_by_name(make: object, message: str) -> N
 
 def test_short_replies_are_repeated_and_decoding_gets_the_steps_of_the_prompts() -> None:
     full = Case(VARIANT, Shape(128, 100), 8, FULL).request(8, 5)
-    assert full == {"input_len": 128, "output_len": 100, "num_requests": 24, "max_concurrency": 8, "seed": 5}
+    assert full == {
+        "input_len": 128, "output_len": 100, "num_requests": 24, "max_concurrency": 8, "seed": 5, "temperature": 0.0
+    }  # fmt: skip
     assert Case(VARIANT, Shape(128, 1024), 8).request(8, 0)["num_requests"] == 8
     # 8 requests decode beside the chunks: 8 · 250 tokens of prompts, 100 a step.
     decode = Case(VARIANT, Shape(250, 7), 8, DECODE).request(8, 0)
@@ -76,6 +79,14 @@ def test_every_suite_can_be_listed_and_its_requests_fit_its_engines(name: str, h
             assert longest <= variant.flags["max_model_len"], case.name
             assert batch <= variant.flags["max_num_seqs"], case.name
     assert (suite.device == "cpu") == (name == "cpu-smoke" or (name == "overhead" and not has_gpu))
+
+
+def test_models_with_experts_are_evened_and_sampled_and_only_those() -> None:
+    for name in SUITES:
+        for variant in find_suite(name, True).variants:
+            has_experts = any(isinstance(layer.ffn, MoE) for layer in record_of(variant).layers)
+            assert variant.is_evened == has_experts == find_suite(name, True).has_routing, variant.name
+            assert Case(variant, Shape(8, 8), 1).request(1, 0)["temperature"] == float(has_experts)
 
 
 def test_an_unknown_suite_is_one_line() -> None:

@@ -171,6 +171,19 @@ def test_as_many_as_fit_needs_a_card_that_is_known() -> None:
         planned_batch(case, None)
 
 
+def test_experts_are_evened_before_the_cases_and_their_routing_is_logged(tmp_path: Path) -> None:
+    for asked in (suite({}, is_evened=True), suite({}, {}, is_evened=True, pairs=True)):
+        one, lines = run_of(replace(asked, has_routing=True), tmp_path, ENGINE, time.monotonic() + MINUTE)
+        run_suite(one)
+        assert {row.status for row in one.results.rows} == {"ok"}  # the engine refuses any other order
+        (entry,) = one.results.routing
+        assert entry["model"] == "llama-h512" and [step["num_tokens"] for step in entry["steps"]] == [1, 32, 256]
+        assert "  routing, 32 tokens a step: 50 to 50 % of the experts of 1 layers" in lines
+        again, _ = run_of(one.suite, tmp_path, ENGINE, time.monotonic() + 1.0, results=one.results)
+        run_suite(again)
+        assert one.results.routing == [entry]
+
+
 def test_the_row_of_a_comparison_is_the_visit_in_the_middle() -> None:
     events = [{"duration_s": seconds} for seconds in (3.0, 1.0, 2.0, 9.0)]
     assert median_event(events) == {"duration_s": 3.0}
