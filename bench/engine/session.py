@@ -96,11 +96,12 @@ def engine_arguments(variant: EngineVariant) -> dict[str, Any]:
 
 def row_of(run: Run, case: Case, status: str, batch: int | None = None, **more: Any) -> Row:
     """A row of a case, its own facts filled in."""
-    variant = case.variant
+    variant, shape = case.variant, case.shape
+    weights = variant.flags.get("dtype") or served_weights(variant)
     return Row(
-        run.suite.name, case.name, variant.name, variant.model, is_reconstructed(variant.model),
-        served_weights(variant), variant.kv_dtype, case.shape.input_len, case.shape.output_len,
-        batch or case.batch or None, case.role, status, setup(case), run.machine.card, run.commit, **more,
+        run.suite.name, case.name, variant.name, variant.model, is_reconstructed(variant.model), weights,
+        variant.kv_dtype, shape.input_len, shape.output_len, batch or case.batch or None, case.role, status,
+        setup(case), run.machine.card, run.commit, **more,
     )  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def test_both_pocket_models_run_through_real_engines(tmp_path: Path) -> None:
         f"pocket-{name} {case}" for name in ("parent", "puzzle") for case in ("24/48 b1", "24/48 b16", "400/1 b2")
     }
     for found in results.rows:
-        assert (found.status, found.num_preempted) == ("ok", 0), found
+        assert (found.status, found.num_preempted, found.weights) == ("ok", 0, "float32"), found
         assert found.output_tokens == (found.num_requests or 0) * found.output_len
         assert found.output_throughput is not None and found.duration_s is not None
         # The same tokens by the same clock.
