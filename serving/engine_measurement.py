@@ -14,8 +14,8 @@ variables are the parent's; only VLLM_ENABLE_V1_MULTIPROCESSING has another defa
 
 **vLLM's dummy weights send every token to the same experts** where routers have a bias: all weights are within ±0.001,
 and the bias outweighs what a token adds. (gpt-oss in small, 32 tokens, 4 of 32 experts each: a step reads 4 experts in
-place of 31.5.) The speed is another model's then. {"weights": "even"} sets norms to 1 and biases to 0, and a temperature
-of 1 keeps the requests' tokens apart: choices are even after that, which {"routing": …} shows.
+place of 31.5.) The speed is another model's then. {"weights": "even"} sets norms to 1, biases to 0; with a temperature
+of 1, which keeps the tokens of requests apart, choices are even after that, as {"routing": …} shows.
 """
 
 from __future__ import annotations

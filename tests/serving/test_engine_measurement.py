@@ -175,7 +175,7 @@ def test_dummy_weights_route_every_token_alike_until_they_are_evened(children: d
 
 def test_weights_of_a_checkpoint_are_left_alone() -> None:
     engine = SimpleNamespace(vllm_config=SimpleNamespace(load_config=SimpleNamespace(load_format="auto")))
-    with pytest.raises(ConfigError, match="^weights: found 'even' with load_format auto, allowed: 'even' with"):
+    with pytest.raises(ConfigError, match=r"^weights: found 'even' with load_format auto, allowed: 'even' with"):
         engine_measurement._even_weights(engine, "even")
 
 
