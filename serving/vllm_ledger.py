@@ -73,6 +73,30 @@ LEDGER = (
         remove_when="as above",
     ),
     LedgerEntry(
+        target="vllm.v1.core.kv_cache_utils:get_kv_cache_capacity",
+        why="tokens and concurrency as vLLM reports them, for plans made without a GPU (serving/kv_capacity.py)",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/core/kv_cache_utils.py",
+        remove_when="vLLM tells a model's KV capacity without starting",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.layers.mamba.mamba_utils:MambaStateShapeCalculator.mamba2_state_shape",
+        why="as above: the shapes that vLLM's NemotronH class gives its Mamba layers' states",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/model_executor/models/nemotron_h.py",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.v1.core.kv_cache_manager:KVCacheManager",
+        why="counts how many requests a planned cache holds at once (serving/kv_admission.py); nothing is changed",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/core/kv_cache_manager.py",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.v1.request:Request",
+        why="as above, what the manager is given",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
         target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.sync_and_gather_intermediate_tensors",
         why="a later pipeline stage's input buffers are allocated in a warm-up run, which the CPU worker skips in "
         "eager mode: the first request then fails on `assert self.intermediate_tensors is not None`, with any model",
