@@ -12,15 +12,17 @@ from typing import Any
 
 from vllm_puzzle.bench.engine import rows as record
 from vllm_puzzle.bench.engine.case import Case, EngineVariant
-from vllm_puzzle.bench.engine.driver import COMMAND, EngineChild
+from vllm_puzzle.bench.engine.driver import COMMAND, EngineChild, EngineError
 from vllm_puzzle.bench.engine.model_folder import configuration, is_reconstructed, served_weights, write_folder
 from vllm_puzzle.bench.engine.plan import START_S, memory_plan
 from vllm_puzzle.bench.engine.report import case_line
 from vllm_puzzle.bench.engine.rows import OK, REFUSED, SKIPPED, Machine, Results, Row
 from vllm_puzzle.bench.engine.suites import Suite
 from vllm_puzzle.model_configs.memory_plan import Gpu
+from vllm_puzzle.serving.servable import OUR_ARCHITECTURES
 
 RESERVE_S = 3.0  # for stopping an engine and writing the rows
+OUR_CLASS = "PuzzleForCausalLM"
 KV_WORDS = {"bf16": "bfloat16", "fp8": "fp8"}
 
 
@@ -114,8 +116,15 @@ def start(run: Run, variant: EngineVariant, **changes: Any) -> EngineChild:
 
 
 def wait(run: Run, variant: EngineVariant, child: EngineChild) -> dict[str, Any]:
-    """The engine's first answer, once its weights are as the variant wants them. Raises EngineError."""
+    """The engine's first answer, once its weights are as the variant wants them.
+
+    Raises EngineError, also where another class than ours serves what is ours: vLLM has one for DeciLM too, and a
+    comparison with it would look like one with us.
+    """
     ready = child.ready(max(1.0, run.left))
+    found, described = ready.get("model_class"), configuration(variant)["architectures"]
+    if set(described) & set(OUR_ARCHITECTURES) and found != OUR_CLASS:
+        raise EngineError(f"found {found} serving {described[0]}, allowed: {OUR_CLASS} (is our plugin loaded?)")
     if variant.is_evened:
         child.ask({"weights": "even"}, max(1.0, run.left))
     return ready

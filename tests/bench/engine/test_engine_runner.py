@@ -184,6 +184,16 @@ def test_experts_are_evened_before_the_cases_and_their_routing_is_logged(tmp_pat
         assert one.results.routing == [entry]
 
 
+def test_vllms_own_decilm_class_is_not_taken_for_ours(tmp_path: Path) -> None:
+    asked = suite({}, {}, pairs=True)
+    described = replace(asked.variants[1], as_decilm=True)
+    status, lines = run(replace(asked, variants=(asked.variants[0], described)), tmp_path)
+    assert set(status.values()) == {"failed"}
+    assert lines[0].endswith(
+        "found Scripted serving DeciLMForCausalLM, allowed: PuzzleForCausalLM (is our plugin loaded?)"
+    )
+
+
 def test_the_row_of_a_comparison_is_the_visit_in_the_middle() -> None:
     events = [{"duration_s": seconds} for seconds in (3.0, 1.0, 2.0, 9.0)]
     assert median_event(events) == {"duration_s": 3.0}
