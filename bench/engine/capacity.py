@@ -17,9 +17,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vllm_puzzle.bench.engine.case import EngineVariant
+from vllm_puzzle.bench.engine.model_folder import OWN, record_of
 from vllm_puzzle.model_configs.catalogue import find
 from vllm_puzzle.model_configs.memory_plan import GPUS, plan_memory
-from vllm_puzzle.model_configs.schema import ConfigError
+from vllm_puzzle.model_configs.schema import ConfigError, ModelRecord
 from vllm_puzzle.serving.kv_capacity import Capacity, kv_capacity
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "engine-kv-capacity.json"
@@ -59,6 +61,7 @@ SUPER49 = [("llama-3.3-nemotron-super-49b-v1", "fp8"), ("llama-3.3-70b-instruct"
 GPTOSS = [("gpt-oss-puzzle-88b", "mxfp4"), ("gpt-oss-120b", "mxfp4")]
 ULTRA = ("nemotron-3-ultra-550b-a55b",)
 CASES: tuple[CapacityCase, ...] = (
+    CapacityCase("overhead", "llama-8b", "bf16", "bf16", "H100-80", 4096, gpu_memory_utilization=0.44),
     *_suite("super49", SUPER49, ("fp8", "bf16"), gpus=("H100-80", "H200-141"), max_model_len=2304),
     *_suite("fusion", SUPER49[:1], ("fp8",), gpus=("H100-80", "H200-141"), max_model_len=512, max_num_seqs=32),
     *_suite("gptoss", GPTOSS, ("fp8", "bf16"), gpus=("H100-80", "H200-141"), max_model_len=131_072),
@@ -93,8 +96,13 @@ def capacity_rows(cases: Sequence[CapacityCase]) -> list[dict[str, Any]]:
     return [_row(case) for case in cases]
 
 
+def _record(model: str) -> ModelRecord:
+    """The layers of a published model, or of one that only the suites have."""
+    return record_of(EngineVariant(model, model)) if model in OWN else find(model).record()
+
+
 def _row(case: CapacityCase) -> dict[str, Any]:
-    record, available = find(case.model).record(), case.available_gib
+    record, available = _record(case.model), case.available_gib
     if available is None:
         plan = plan_memory(
             record,
