@@ -21,6 +21,7 @@ BENCHMARKS = {
     "tasks": (f"{EFFICIENCY}.tasks.command:tasks", "the questions that can be asked, offline"),
     "mock": (f"{EFFICIENCY}.mock:mock", "a server of known behaviour, to check the benchmark with"),
     "kernels": ("vllm_puzzle.bench.kernel.command:kernels", "our kernels on a GPU, against its limits and others'"),
+    "engine": ("vllm_puzzle.bench.engine.command:engine", "published shapes through vLLM, beside the papers' figures"),
 }
 
 

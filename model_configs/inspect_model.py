@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_puzzle.model_configs.catalogue import NAMES, Published, find
 from vllm_puzzle.model_configs.formats import read_model
 from vllm_puzzle.model_configs.json_values import read_object
 from vllm_puzzle.model_configs.schema import (
     Attention,
     AttentionKind,
+    ConfigError,
     GatedFFN,
     LayerRecord,
     LinearMap,
@@ -31,12 +34,33 @@ KV_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}
 def inspect(argv: Sequence[str]) -> int:
     """Print the table (or JSON) of one model. Raises ConfigError when the configuration cannot be read."""
     parser = argparse.ArgumentParser(prog="vllm-puzzle inspect", allow_abbrev=False)
-    parser.add_argument("model", help="a model directory or a config.json")
+    parser.add_argument("model", help="a model directory, a config.json, or a name that `vllm-puzzle models` lists")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     options = parser.parse_args(argv)
-    record = load_record(options.model)
-    print(json.dumps(describe(record)) if options.json else format_table(record))
+    published = _published(options.model)
+    record = published.record() if published else load_record(options.model)
+    if options.json:
+        origin = {"hub": published.hub, "source": published.source, "note": published.note} if published else {}
+        print(json.dumps(describe(record) | origin))
+    else:
+        print(format_table(record))
+        if published:
+            print(f"source             {published.source}")
+        if published and published.note:
+            print(f"note               {published.note}")
     return 0
+
+
+def _published(model: str) -> Published | None:
+    """The published model of that name, unless there is a file or directory of that name."""
+    if os.path.exists(model):
+        return None
+    if model.lower() in NAMES:
+        return find(model)
+    raise ConfigError(
+        f"{model}: found No such file or directory, allowed: a model directory, a config.json, or a name that "
+        "`vllm-puzzle models` lists"
+    )
 
 
 def load_record(model: str | Path) -> ModelRecord:

@@ -19,7 +19,7 @@ SCALAR: tuple[Shape, ...] = ((), (1,))  # ModelOpt writes the first, llm-compres
 # Matrices that vLLM's linear layers hold as one, which therefore share one scheme.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 # Never quantized by the tools that write these checkpoints; vLLM's layers for them cannot be either.
-UNQUANTIZED = ("embed_tokens", "gate", "router", "shared_expert_gate")
+UNQUANTIZED = ("embed_tokens", "embeddings", "gate", "router", "shared_expert_gate")
 KV_SPELLINGS = ("{0}_scale", "attn.{0}_scale", "{0}_proj.{0}_scale")
 
 

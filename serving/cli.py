@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 USAGE = """\
 usage: vllm-puzzle serve [MODEL] [any flag of `vllm serve`]
-       vllm-puzzle inspect MODEL_OR_CONFIG [--json]
+       vllm-puzzle inspect MODEL_CONFIG_OR_NAME [--json]
+       vllm-puzzle models [--json]
        vllm-puzzle convert SRC DST --to {per_layer_config,anymodel,deci}
        vllm-puzzle gateway --upstream URL [--upstream-kind KIND] [--tokenizer DIR]
        vllm-puzzle fuse plan MODEL --data FILE [--max-gib N] [--out plan.json]
@@ -17,6 +18,7 @@ usage: vllm-puzzle serve [MODEL] [any flag of `vllm serve`]
   serve    start an OpenAI-compatible server; without MODEL, the pocket model that the package ships
            (`vllm-puzzle serve --help` lists vLLM's flags)
   inspect  show a model's layers, parameters and KV-cache bytes, from its config.json alone
+  models   list the published models that are known by name: sizes, how reasoning is switched, smallest GPU
   convert  write the same model under another description; weights are linked, not changed
   gateway  the reasoning dial in front of any OpenAI-compatible server (`vllm-puzzle gateway --help`)
   fuse     measure which FFNs of a model can become one, and plan it (`vllm-puzzle fuse --help`)
@@ -42,6 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             from vllm_puzzle.model_configs.inspect_model import inspect
 
             status = inspect(rest)
+            sys.stdout.flush()
+            return status
+        if command == "models":
+            from vllm_puzzle.model_configs.models_command import models
+
+            status = models(rest)
             sys.stdout.flush()
             return status
         if command == "convert":
@@ -70,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"vllm-puzzle: {error}", file=sys.stderr)
         return 1
-    allowed = ", ".join(["serve", "inspect", "convert", "gateway", "fuse", *sorted(others.names)])
+    allowed = ", ".join(["serve", "inspect", "models", "convert", "gateway", "fuse", *sorted(others.names)])
     print(f"vllm-puzzle: found subcommand {command!r}, allowed: {allowed}", file=sys.stderr)
     return 2
 

@@ -93,7 +93,7 @@ def allow_attention_free_stages() -> None:
     Such a worker gets no tensors. One byte stands for each of its blocks, so that it never limits their number.
     Safe to call twice; other workers go through vLLM's own code.
     """
-    planner = _kv_cache_planner()
+    planner = kv_cache_planner()
     if getattr(planner, "_puzzle_allows_empty_workers", False):
         return
     plan, bytes_per_block = planner.get_kv_cache_config_from_groups, planner._get_kv_cache_bytes_per_block
@@ -119,7 +119,7 @@ def plan_kv_cache_groups(vllm_config: Any, kv_cache_spec: dict[str, Any]) -> lis
     """vLLM's grouping of the layers `kv_cache_spec` names, or ours where it needs fewer pages."""
     from vllm_puzzle.serving.kv_cache_groups import regroup
 
-    planner = _kv_cache_planner()
+    planner = kv_cache_planner()
     stock = getattr(planner, "_puzzle_stock_groups", planner.get_kv_cache_groups)
     return regroup(vllm_config, stock(vllm_config, kv_cache_spec), list(kv_cache_spec))
 
@@ -132,7 +132,7 @@ def use_fewest_kv_cache_pages() -> None:
     from vllm.model_executor.models import interfaces
     from vllm_puzzle.serving.kv_cache_groups import stages_of
 
-    planner = _kv_cache_planner()
+    planner = kv_cache_planner()
     if hasattr(interfaces, "SupportsKVCacheGrouping") or hasattr(planner, "_puzzle_stock_groups"):
         return
     planner._puzzle_stock_groups = planner.get_kv_cache_groups
@@ -148,7 +148,8 @@ def use_fewest_kv_cache_pages() -> None:
         engine_core.get_kv_cache_configs = plan_with_stages  # type: ignore[attr-defined]
 
 
-def _kv_cache_planner() -> Any:
+def kv_cache_planner() -> Any:
+    """vLLM's module that plans KV caches."""
     try:
         from vllm.v1.core import kv_cache_planning as planner  # vLLM 0.33 moved it
     except ImportError:

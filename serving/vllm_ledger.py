@@ -80,6 +80,30 @@ LEDGER = (
         remove_when="as above",
     ),
     LedgerEntry(
+        target="vllm.v1.core.kv_cache_utils:get_kv_cache_capacity",
+        why="tokens and concurrency as vLLM reports them, for plans made without a GPU (serving/kv_capacity.py)",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/core/kv_cache_utils.py",
+        remove_when="vLLM tells a model's KV capacity without starting",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.layers.mamba.mamba_utils:MambaStateShapeCalculator.mamba2_state_shape",
+        why="as above: the shapes that vLLM's NemotronH class gives its Mamba layers' states",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/model_executor/models/nemotron_h.py",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.v1.core.kv_cache_manager:KVCacheManager",
+        why="counts how many requests a planned cache holds at once (serving/kv_admission.py); nothing is changed",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/core/kv_cache_manager.py",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.v1.request:Request",
+        why="as above, what the manager is given",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
         target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.sync_and_gather_intermediate_tensors",
         why="a later pipeline stage's input buffers are allocated in a warm-up run, which the CPU worker skips in "
         "eager mode: the first request then fails on `assert self.intermediate_tensors is not None`, with any model",
@@ -335,6 +359,32 @@ LEDGER = (
     LedgerEntry(
         target="vllm.utils.torch_utils:_resolve_layer_name",
         why="as above, back inside the operator",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.v1.metrics.loggers:StatLoggerManager.record",
+        why="the engine benchmark takes the manager's stat_loggers for its own: tokens, ends and running requests of "
+        "each step, without Prometheus' time per token",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/engine/llm_engine.py (from_engine_args)",
+        remove_when="LLM takes stat_loggers and uses no others",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.layers.fused_moe.router.fused_moe_router:FusedMoERouter.set_capture_fn",
+        why="where tokens are routed, layer by layer: enable_return_routed_experts wants one top-k for all layers",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/model_executor/layers/fused_moe/"
+        "routed_experts_capturer.py",
+        remove_when="vLLM's own capture takes layers of different top-k",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner.is_monolithic",
+        why="the layers to watch (router, routed_experts, layer_name, moe_config), and whether a kernel routes itself",
+        upstream="as above",
+        remove_when="as above",
+    ),
+    LedgerEntry(
+        target="vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts.forward_monolithic",
+        why="the place to ask the router of such a kernel for its choice",
         upstream="as above",
         remove_when="as above",
     ),

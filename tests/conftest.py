@@ -18,7 +18,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROOT = Path(__file__).resolve().parent.parent
-REFERENCE_CONFIGS = ROOT / "tests" / "configs"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -151,6 +151,7 @@ def pairs_text(found: Comparison) -> str:
     rows = [
         [
             pair.a.name,
+            pair.a.load_name,
             percent(compute("accuracy", pair.a.records, pair.a.facts)),
             percent(compute("accuracy", pair.b.records, pair.b.facts)),
             difference_text(pair.accuracy),
@@ -159,8 +160,8 @@ def pairs_text(found: Comparison) -> str:
         ]
         for pair in found.pairs
     ]
-    header = ["setting of A", "A", "B", "accuracy, B - A", "cost, B / A", "alone"]
-    lines = [table(header, rows, align="<>>>><"), "", f"all {len(rows)} settings together:"]
+    header = ["setting of A", "load", "A", "B", "accuracy, B - A", "cost, B / A", "alone"]
+    lines = [table(header, rows, align="<<>>>><"), "", f"all {len(rows)} settings together:"]
     return "\n".join([*lines, f"accuracy: {difference_text(found.accuracy)}", *_cost_lines(found.cost)])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from vllm_puzzle.bench.efficiency import frontier, pairing
+from vllm_puzzle.bench.efficiency.manifest import chance
 from vllm_puzzle.bench.efficiency.metrics import as_json, compute
 from vllm_puzzle.bench.efficiency.metrics_rate import RelativeRate, relative_rate
 from vllm_puzzle.bench.efficiency.resampling import DRAWS, Array, Interval, bootstrap, log_reach, resampled_sums
@@ -236,11 +237,10 @@ def _frontier(a: Sequence[Run], b: Sequence[Run], margin: float, draws: int) -> 
         cost, accuracy = frontier.costs_and_accuracies(table.sum(axis=0))
     if not np.isfinite(cost).all():
         raise ConfigError("compare: found a run without any whole answer inside its window, allowed: one or more")
-    chance = float((a[0].declared.get("reference") or {}).get("accuracy", 0.0))
-    reference = frontier.Reference.of(cost[: len(a)], cost, chance)
+    reference = frontier.Reference.of(cost[: len(a)], cost, chance(a[0].manifest) or 0.0)
     sides = (cost[: len(a)], accuracy[: len(a)]), (cost[len(a) :], accuracy[len(a) :])
     return Frontier(
-        load=a[0].load,
+        load=a[0].load_name,
         a=_settings(a, *sides[0]),
         b=_settings(b, *sides[1]),
         speed_up=frontier.equal_accuracy_speed_up(of_a, of_b, margin, draws=draws),

@@ -122,3 +122,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         raise ConfigError(f"{folder / MANIFEST}, key `schema_version`: found {version!r}, allowed: {SCHEMA_VERSION}")
     return dict(manifest)
+
+
+def chance(manifest: Mapping[str, Any]) -> float | None:
+    """What blind guessing gets, over all questions; None where the manifest does not say."""
+    found = manifest.get("tasks")
+    tasks = [task for task in found if isinstance(task, dict)] if isinstance(found, list) else []
+    pairs = [(task.get("chance"), task.get("questions", 1)) for task in tasks]
+    known = [(c, n) for c, n in pairs if isinstance(c, int | float) and isinstance(n, int) and n > 0]
+    return sum(c * n for c, n in known) / sum(n for _, n in known) if known and len(known) == len(tasks) else None

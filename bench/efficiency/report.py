@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vllm_puzzle.bench.efficiency import html
 from vllm_puzzle.bench.efficiency.charts import (
@@ -23,6 +22,7 @@ from vllm_puzzle.bench.efficiency.drawing.png import write_png
 from vllm_puzzle.bench.efficiency.drawing.scene import Scene, stacked
 from vllm_puzzle.bench.efficiency.metrics_rate import relative_rate
 from vllm_puzzle.bench.efficiency.report_runs import ReportRun, read_reports
+from vllm_puzzle.bench.efficiency.report_speculation import speculation_section
 from vllm_puzzle.bench.efficiency.tables import factor, number, percent, table
 from vllm_puzzle.model_configs.schema import ConfigError
 
@@ -205,33 +205,6 @@ def _reference(runs: Sequence[ReportRun]) -> ReportRun | None:
         if isinstance(config, dict) and config.get("reference") == run.arm:
             return run
     return None
-
-
-def speculation_section(runs: Sequence[ReportRun]) -> str:
-    """Acceptance of speculative decoding, by position and by task; nothing where no run speculated."""
-    rows = []
-    for run in runs:
-        for where, found in _speculated(run.summary):
-            by_position = ", ".join(percent(rate) for rate in found.get("rate_by_position") or ())
-            rows.append([run.title, where, number(found.get("length")), percent(found.get("rate")), by_position or "-"])
-    if not rows:
-        return ""
-    header = ["run", "of", "tokens per step", "accepted", "accepted by position"]
-    text = (
-        "Tokens per step: those accepted and the one that the model samples itself. On real questions; random tokens "
-        "are accepted otherwise."
-    )
-    return html.section("Speculative decoding", text, html.table(header, rows, {1: "words"}))
-
-
-def _speculated(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    found: list[tuple[str, Mapping[str, Any]]] = []
-    parts = [(f"block {part.get('block')}", part.get("speculation")) for part in summary.get("by_block") or ()]
-    for where, whole in [("all", summary.get("speculation")), *parts]:
-        if isinstance(whole, dict):
-            found.append((where, whole))
-            found += [(f"{where}, {task}", one) for task, one in (whole.get("by_task") or {}).items()]
-    return found
 
 
 def terminal_table(runs: Sequence[ReportRun]) -> str:

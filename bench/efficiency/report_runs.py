@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from vllm_puzzle.bench.efficiency.facts import RunFacts
 from vllm_puzzle.bench.efficiency.lag import LIMIT_S
-from vllm_puzzle.bench.efficiency.manifest import INVALID, read_manifest
+from vllm_puzzle.bench.efficiency.manifest import INVALID, chance, read_manifest
 from vllm_puzzle.bench.efficiency.metrics import from_json, summarise
 from vllm_puzzle.bench.efficiency.metrics_outcome import is_completed
 from vllm_puzzle.bench.efficiency.pairing import CACHE_TOLERANCE
@@ -83,11 +83,7 @@ class ReportRun:
     @property
     def chance(self) -> float | None:
         """What blind guessing gets, over all questions; None where the manifest does not say."""
-        found = self.manifest.get("tasks")
-        tasks = [task for task in found if isinstance(task, dict)] if isinstance(found, list) else []
-        pairs = [(task.get("chance"), task.get("questions", 1)) for task in tasks]
-        known = [(c, n) for c, n in pairs if isinstance(c, int | float) and isinstance(n, int) and n > 0]
-        return sum(c * n for c, n in known) / sum(n for _, n in known) if known and len(known) == len(tasks) else None
+        return chance(self.manifest)
 
     @cached_property
     def measured(self) -> list[RequestRecord]:

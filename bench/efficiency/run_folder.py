@@ -53,6 +53,12 @@ class Run:
         return canonical(self.manifest["load"])
 
     @property
+    def load_name(self) -> str:
+        """The load in short, where it has a name."""
+        found = self.manifest["load"]
+        return str(found["name"]) if isinstance(found, dict) and found.get("name") else self.load
+
+    @property
     def declared(self) -> Mapping[str, Any]:
         """What was declared before the run."""
         found: Mapping[str, Any] = self.manifest.get("config") or {}

@@ -43,7 +43,7 @@ def test_unknown_names_are_one_line_with_what_is_allowed(capsys: Captured) -> No
     assert capsys.readouterr().err == f"vllm-puzzle: bench: found 'nothing', allowed: {', '.join(command.BENCHMARKS)}\n"
     assert main(["benchmark"]) == 2
     assert (
-        "found subcommand 'benchmark', allowed: serve, inspect, convert, gateway, fuse, bench"
+        "found subcommand 'benchmark', allowed: serve, inspect, models, convert, gateway, fuse, bench"
         in capsys.readouterr().err
     )
 

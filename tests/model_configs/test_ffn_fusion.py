@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "serving"))
 from checkpoints import deci_block, deci_config
 from families import DECI_MOE
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-SUPER = load_record(CONFIGS / "nemotron-super-49b-v1.json")
+CONFIGS = Path(__file__).resolve().parents[2] / "model_configs" / "published"
+SUPER = load_record(CONFIGS / "llama-3.3-nemotron-super-49b-v1.json")
 EMPTY = LayerRecord(None, None)
 
 
@@ -125,7 +125,7 @@ def test_auto_finds_the_runs_of_the_paper_under_a_cap_and_cuts_them_evenly() -> 
 
 def test_auto_does_not_join_what_ultra_has_fused_already() -> None:
     """Its four FFNs of up to 425,984 columns lie next to each other but for empty layers."""
-    ultra = load_record(CONFIGS / "nemotron-ultra-253b-v1.json")
+    ultra = load_record(CONFIGS / "llama-3.1-nemotron-ultra-253b-v1.json")
     assert (125, 134, 143, 149, 150) in attention_free_runs(ultra)
     assert plan("auto", ultra).text == "100-105"
     assert ffn_bytes(ultra, 425_984) == 3 * 16_384 * 425_984 * 2

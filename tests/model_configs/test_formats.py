@@ -115,27 +115,30 @@ def test_ffn_mult_gives_the_published_widths(ffn_mult: float, hidden: int, width
 @pytest.mark.parametrize(
     ("name", "parameters", "attention_layers", "kv_bytes"),
     [
-        ("nemotron-super-49b-v1.json", 49_867_145_216, 49, 200_704),
-        ("nemotron-ultra-253b-v1.json", 253_401_268_224, 64, 262_144),
+        ("llama-3.3-nemotron-super-49b-v1.json", 49_867_145_216, 49, 200_704),
+        ("llama-3.1-nemotron-ultra-253b-v1.json", 253_401_268_224, 64, 262_144),
         ("gpt-oss-20b.json", 20_914_757_184, 24, 49_152),
         ("gpt-oss-120b.json", 116_829_156_672, 36, 73_728),
-        ("gpt-oss-puzzle-88b.reconstructed.json", 88_150_438_080, 36, 73_728),
-        ("nemotron-3-nano.json", 31_577_940_288, 6, 6_144),
-        ("nemotron-3-super.json", 120_668_707_840, 8, 8_192),
-        ("nemotron-3-ultra.json", 549_308_993_536, 12, 12_288),
+        ("gpt-oss-puzzle-88b.json", 88_150_438_080, 36, 73_728),
+        ("nemotron-3-nano-30b-a3b.json", 31_577_940_288, 6, 6_144),
+        ("nemotron-3-super-120b-a12b-fp8.json", 120_668_707_840, 8, 8_192),
+        ("nemotron-3-ultra-550b-a55b.json", 549_308_993_536, 12, 12_288),
+        ("nemotron-3.5-lightning-30b-a3b-nvfp4.json", 31_577_940_288, 6, 6_144),
+        ("llama-3.3-70b-instruct.json", 70_553_706_496, 80, 327_680),
+        ("qwen3-30b-a3b-thinking-2507.json", 30_532_122_624, 48, 98_304),
     ],
 )
 def test_the_published_configurations_have_their_published_sizes(
     root: Path, name: str, parameters: int, attention_layers: int, kv_bytes: int
 ) -> None:
-    record = read_model(json.loads((root / "tests" / "configs" / name).read_text()))
+    record = read_model(json.loads((root / "model_configs" / "published" / name).read_text()))
     assert num_parameters(record) == parameters
     assert sum(isinstance(layer.attention, Attention) for layer in record.layers) == attention_layers
     assert kv_bytes_per_token(record) == kv_bytes
 
 
 def test_gpt_oss_puzzle_has_its_published_windows_and_expert_counts(root: Path) -> None:
-    file = root / "tests" / "configs" / "gpt-oss-puzzle-88b.reconstructed.json"
+    file = root / "model_configs" / "published" / "gpt-oss-puzzle-88b.json"
     layers = read_model(json.loads(file.read_text())).layers
     windows = [layer.attention.sliding_window for layer in layers if isinstance(layer.attention, Attention)]
     assert [windows.count(window) for window in (None, 128, 8192)] == [10, 18, 8]

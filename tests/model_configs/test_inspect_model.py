@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from vllm_puzzle.model_configs.inspect_model import describe, inspect, load_record
 
-CONFIG = "tests/configs/nemotron-super-49b-v1.json"
+CONFIG = "model_configs/published/llama-3.3-nemotron-super-49b-v1.json"
 
 
 def test_the_table_groups_equal_neighbours_and_states_the_totals(

@@ -34,15 +34,15 @@ def test_no_other_split_has_a_smaller_largest_stage(seed: int) -> None:
 
 
 def published(root: Path, name: str) -> ModelRecord:
-    return read_model(json.loads((root / "tests" / "configs" / name).read_text()))
+    return read_model(json.loads((root / "model_configs" / "published" / name).read_text()))
 
 
 @pytest.mark.parametrize(
     ("name", "stages", "share"),
     [
-        ("nemotron-super-49b-v1.json", 4, 0.73),
-        ("nemotron-ultra-253b-v1.json", 4, 0.70),
-        ("nemotron-ultra-253b-v1.json", 8, 0.64),
+        ("llama-3.3-nemotron-super-49b-v1.json", 4, 0.73),
+        ("llama-3.1-nemotron-ultra-253b-v1.json", 4, 0.70),
+        ("llama-3.1-nemotron-ultra-253b-v1.json", 8, 0.64),
     ],
 )
 def test_the_largest_stage_of_the_published_models_shrinks(root: Path, name: str, stages: int, share: float) -> None:
@@ -62,4 +62,4 @@ def test_the_largest_stage_of_the_published_models_shrinks(root: Path, name: str
 
 def test_more_stages_than_layers_are_refused(root: Path) -> None:
     with pytest.raises(ConfigError, match=r"found 81, allowed: 1 to 80"):
-        split_layers(published(root, "nemotron-super-49b-v1.json"), 81)
+        split_layers(published(root, "llama-3.3-nemotron-super-49b-v1.json"), 81)

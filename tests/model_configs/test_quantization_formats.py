@@ -14,8 +14,8 @@ from vllm_puzzle.model_configs.quantization import Quantization, matrices, store
 from vllm_puzzle.model_configs.quantization_formats import load_quantization, read_quantization
 from vllm_puzzle.model_configs.schema import ConfigError
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-RECORD = load_record(CONFIGS / "nemotron-super-49b-v1.json")
+CONFIGS = Path(__file__).parents[2] / "model_configs" / "published"
+RECORD = load_record(CONFIGS / "llama-3.3-nemotron-super-49b-v1.json")
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
 FFN = {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
 WEIGHTS = {"type": "float", "num_bits": 8, "strategy": "channel", "dynamic": False, "symmetric": True}

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-SUPER = Path(__file__).resolve().parents[1] / "configs" / "nemotron-3-super.json"
+SUPER = Path(__file__).resolve().parents[2] / "model_configs" / "published" / "nemotron-3-super-120b-a12b-fp8.json"
 KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 # NVIDIA's class takes these from the blocks and leaves them out of the model's own keys.
 PER_LAYER = ("hybrid_override_pattern", "mtp_hybrid_override_pattern", "moe_intermediate_size", "num_experts_per_tok")

@@ -1,6 +1,6 @@
 """The published layer lists at toy width: every layer keeps its kind, its key set and its ratios.
 
-Read from tests/configs (published files; gpt-oss-puzzle's is a third party's reconstruction) and shrunk: hidden size,
+Read from model_configs/published (gpt-oss-puzzle's is a third party's reconstruction) and shrunk: hidden size,
 heads and vocabulary small, FFN widths scaled before the format's own rounding to 256, so that the smallest ones
 coincide. A `head_dim` of 32 is added, the smallest that vLLM's CPU attention has; the published files leave it to
 hidden / heads. Every other key stays as published, `auto_map` and `torch_dtype` included.
@@ -14,10 +14,10 @@ from typing import Any
 
 from checkpoints import BASE
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "model_configs" / "published"
 HIDDEN, HEAD_DIM, VOCABULARY = 16, 32, 97
 # The published hidden size × this gives the widest common FFN (28672 of 49B, 53248 of 253B) about 1024 columns.
-FFN_SCALE = {"nemotron-super-49b-v1": 1024 / 28672, "nemotron-ultra-253b-v1": 768 / 53248}
+FFN_SCALE = {"llama-3.3-nemotron-super-49b-v1": 1024 / 28672, "llama-3.1-nemotron-ultra-253b-v1": 768 / 53248}
 # Windows 128 and 8192 of gpt-oss-puzzle: both must be shorter than a test's prompt.
 WINDOWS = {128: 16, 8192: 48, None: None}
 # What the reconstruction lacks (models at hand do not tell): shape and names as in gpt-oss-120b, the factor invented.
@@ -55,7 +55,7 @@ def toy_nemotron(name: str) -> dict[str, Any]:
 
 def toy_gpt_oss_puzzle(is_mxfp4: bool) -> dict[str, Any]:
     """gpt-oss-puzzle-88B: 16 and 8 experts for its 128 and 64, windows 16 and 48 for its 128 and 8192."""
-    config = _published("gpt-oss-puzzle-88b.reconstructed")
+    config = _published("gpt-oss-puzzle-88b")
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     for block in config["block_configs"]:
         block["num_local_experts"] //= 8
@@ -100,8 +100,8 @@ def toy_mini() -> dict[str, Any]:
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "nemotron super 49b": toy_nemotron("nemotron-super-49b-v1"),
-    "nemotron ultra 253b": toy_nemotron("nemotron-ultra-253b-v1"),
+    "nemotron super 49b": toy_nemotron("llama-3.3-nemotron-super-49b-v1"),
+    "nemotron ultra 253b": toy_nemotron("llama-3.1-nemotron-ultra-253b-v1"),
     "nemotron-nas mini": toy_mini(),
     "gpt-oss-puzzle 88b": toy_gpt_oss_puzzle(is_mxfp4=False),
     "gpt-oss-puzzle 88b mxfp4": toy_gpt_oss_puzzle(is_mxfp4=True),

@@ -157,5 +157,5 @@ def test_a_port_in_use_gives_one_clear_line() -> None:
 def test_an_unknown_subcommand_is_refused() -> None:
     done = subprocess.run(server.command("train"), capture_output=True, text=True)
     assert done.returncode == 2
-    allowed = "serve, inspect, convert, gateway, fuse, bench"
+    allowed = "serve, inspect, models, convert, gateway, fuse, bench"
     assert done.stderr == f"vllm-puzzle: found subcommand 'train', allowed: {allowed}\n"

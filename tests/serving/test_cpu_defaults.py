@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from vllm_puzzle.model_configs.catalogue import find
 from vllm_puzzle.model_configs.inspect_model import load_record
 from vllm_puzzle.model_configs.tensors import kv_bytes_per_token
 from vllm_puzzle.serving import serve
@@ -30,8 +31,8 @@ def test_a_small_model_gets_one_thread_and_room_for_64_full_sequences(root: Path
     assert chosen["kv_cache_memory_bytes"] == max(wanted, 64 * 2**20)
 
 
-def test_a_large_model_gets_every_core_and_a_share_of_the_memory(root: Path) -> None:
-    chosen = values(cpu_settings(load_record(root / "tests" / "configs" / "nemotron-super-49b-v1.json")))
+def test_a_large_model_gets_every_core_and_a_share_of_the_memory() -> None:
+    chosen = values(cpu_settings(find("llama-3.3-nemotron-super-49b-v1").record()))
     assert chosen["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
     assert "dtype" not in chosen, "49B parameters in float32 do not fit here"
     assert 0 < chosen["kv_cache_memory_bytes"] < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 3  # type: ignore[operator]
@@ -71,8 +72,8 @@ def test_what_the_user_has_set_stays_and_the_rest_is_printed_with_its_reason(
     assert [f"why {x}" in printed for x in "abcde"] == [False, True, False, False, True]
 
 
-def test_a_pipeline_is_cut_by_cost_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
-    record = load_record(root / "tests" / "configs" / "nemotron-ultra-253b-v1.json")
+def test_a_pipeline_is_cut_by_cost_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = find("llama-3.1-nemotron-ultra-253b-v1").record()
     monkeypatch.delenv("VLLM_PP_LAYER_PARTITION", raising=False)
     assert values(serve._stage_settings(record, 4)) == {"VLLM_PP_LAYER_PARTITION": "51,44,40,27"}
     assert serve._stage_settings(record, 1) == serve._stage_settings(None, 4) == []

@@ -116,7 +116,7 @@ def test_empty_layers_are_passed_over() -> None:
 def test_the_published_49b_is_fused_as_in_the_paper_until_the_cap_forbids_it(
     root: Path, width: int, strong: tuple[int, int], text: str
 ) -> None:
-    record = load_record(root / "tests" / "configs" / "nemotron-super-49b-v1.json")
+    record = load_record(root / "model_configs" / "published" / "llama-3.3-nemotron-super-49b-v1.json")
     cap = ffn_bytes(record, width)  # layers 42 to 50 have 107,520 columns together
     found = plan.plan(record, matrix_of(len(record.layers), {strong: 0.9}), cap, "own")
     assert found.text == text

@@ -24,7 +24,7 @@ from vllm_puzzle.serving.hf_config import NemotronHPuzzleConfig, model_record
 from vllm_puzzle.serving.preflight import check, read_request
 
 BUILDER = Path(__file__).with_name("nemotron_build.py")
-PLAIN = ("nemotron-3-nano", "nemotron-3-super", "nemotron-3-ultra")
+PLAIN = ("nemotron-3-nano-30b-a3b", "nemotron-3-super-120b-a12b-fp8", "nemotron-3-ultra-550b-a55b")
 # The published head: 1040 bf16 tensors (a census of the 75B's mtp.safetensors), among them 512 experts of 2688.
 PUBLISHED_MTP_TENSORS = 1040
 
@@ -143,7 +143,7 @@ def test_the_made_up_75b_keeps_to_what_is_published() -> None:
 
 @pytest.mark.parametrize("name", [*PLAIN, "toy"])
 def test_preflight_lets_nemotron_h_through_untouched(root: Path, tmp_path: Path, name: str) -> None:
-    published = root / "tests" / "configs" / f"{name}.json"
+    published = root / "model_configs" / "published" / f"{name}.json"
     folder = write(tmp_path / name, nemotron.toy() if name == "toy" else json.loads(published.read_text()))
     request = read_request([str(folder), "--skip-tokenizer-init", "--load-format", "dummy", "--port", "0"])
     assert check(request) is None
@@ -166,7 +166,7 @@ def test_preflight_reads_the_headers_of_nemotron_h_weights_and_nothing_more(tmp_
 def outcome(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("nemotron")
     configs = {"toy puzzle": nemotron.toy(), "75b puzzle": nemotron.puzzle_75b()}
-    configs |= {name: json.loads((root / "tests" / "configs" / f"{name}.json").read_text()) for name in PLAIN}
+    configs |= {name: json.loads((root / "model_configs" / "published" / f"{name}.json").read_text()) for name in PLAIN}
     folders = [str(write(folder / name, config)) for name, config in configs.items()]
     done = subprocess.run(
         [sys.executable, "-P", str(BUILDER), *folders],
@@ -201,7 +201,7 @@ def test_vllm_alone_wants_remote_code_for_a_puzzle_and_with_the_plugin_none(outc
 @pytest.mark.parametrize("name", ["toy puzzle", "75b puzzle", *PLAIN])
 def test_vllms_own_class_has_the_parameters_that_inspect_counts(root: Path, outcome: dict[str, Any], name: str) -> None:
     made_up = {"toy puzzle": nemotron.toy, "75b puzzle": nemotron.puzzle_75b}
-    file = root / "tests" / "configs" / f"{name}.json"
+    file = root / "model_configs" / "published" / f"{name}.json"
     config = made_up[name]() if name in made_up else json.loads(file.read_text())
     assert sum(outcome[name]["target"].values()) == describe(read_model(config))["num_parameters"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -13,13 +12,14 @@ import parity
 import published
 import pytest
 import torch
+from vllm_puzzle.model_configs.catalogue import find
 from vllm_puzzle.model_configs.formats import read_model
 from vllm_puzzle.model_configs.schema import Attention, GatedFFN, LayerRecord, MoE
 
 ORIGINALS = {
-    "nemotron super 49b": "nemotron-super-49b-v1",
-    "nemotron ultra 253b": "nemotron-ultra-253b-v1",
-    "gpt-oss-puzzle 88b": "gpt-oss-puzzle-88b.reconstructed",
+    "nemotron super 49b": "llama-3.3-nemotron-super-49b-v1",
+    "nemotron ultra 253b": "llama-3.1-nemotron-ultra-253b-v1",
+    "gpt-oss-puzzle 88b": "gpt-oss-puzzle-88b",
 }
 
 
@@ -35,8 +35,8 @@ def kind(layer: LayerRecord) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
-def test_a_toy_has_its_originals_kinds_and_order_of_sizes(root: Path, name: str) -> None:
-    original = read_model(json.loads((root / "tests" / "configs" / f"{ORIGINALS[name]}.json").read_text())).layers
+def test_a_toy_has_its_originals_kinds_and_order_of_sizes(name: str) -> None:
+    original = find(ORIGINALS[name]).record().layers
     toy = read_model(published.PUBLISHED[name]).layers
     assert [kind(layer) for layer in toy] == [kind(layer) for layer in original]
     for size in (

@@ -20,15 +20,15 @@ ROPE = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings":
 @pytest.mark.parametrize(
     ("name", "parameters", "attention_layers", "called_layers", "kv_bytes"),
     [
-        ("nemotron-super-49b-v1.json", 49_867_145_216, 49, 80, 200_704),
-        ("nemotron-ultra-253b-v1.json", 253_401_268_224, 64, 81, 262_144),
-        ("gpt-oss-puzzle-88b.reconstructed.json", 88_150_438_080, 36, 36, 73_728),
+        ("llama-3.3-nemotron-super-49b-v1.json", 49_867_145_216, 49, 80, 200_704),
+        ("llama-3.1-nemotron-ultra-253b-v1.json", 253_401_268_224, 64, 81, 262_144),
+        ("gpt-oss-puzzle-88b.json", 88_150_438_080, 36, 36, 73_728),
     ],
 )
 def test_a_published_model_is_built_at_its_final_size_and_never_larger(
     root: Path, tmp_path: Path, name: str, parameters: int, attention_layers: int, called_layers: int, kv_bytes: int
 ) -> None:
-    config = json.loads((root / "tests" / "configs" / name).read_text())
+    config = json.loads((root / "model_configs" / "published" / name).read_text())
     config |= {"rope_scaling": ROPE} if config["model_type"] == "gpt_oss_puzzle" else {}
     (tmp_path / "config.json").write_text(json.dumps(config))
     done = subprocess.run(

@@ -1,20 +1,17 @@
-"""The pocket model under vLLM's V2 model runner, with budgets: `v2_run.py JOBS.json`, in a process of its own.
+"""The pocket model under vLLM's V2 model runner, with budgets: in a process of its own (thinking_v2_jobs.py).
 
 On CUDA the V2 runner is vLLM's default. On a CPU vLLM has the same runner, but takes it only when Triton has a backend
 named "cpu" (triton-cpu, which no registry has). Triton's interpreter computes the same kernels there in NumPy, so an
 empty backend of that name is entered in Triton's table before vLLM looks at it; everything after that is vLLM's own
 code and ours. A job: {"runner": "1" | "2", "llm": LLM arguments, "rounds": [[request, …], …]}; a request: {"prompt":
 token ids, "budget", "plan", "max_tokens"}; the requests of one round run together. "markers" are sent as the API
-process sends them. With "close_after": n, every thought is ended by a user after n steps. Prints JSON: per job whether
+process sends them. With "close_after": n, every thought is ended by a user after n steps. Of a job comes: whether
 the runner is V2, the budget class, accepted drafts, preemptions, and the tokens of each request.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 
@@ -78,15 +75,3 @@ def drain(engine: Any, count: int, close_after: int | None) -> list[list[int]]:
         for output in engine.step():
             tokens[int(output.request_id)] = list(output.outputs[0].token_ids)
     return [tokens[number] for number in range(count)]
-
-
-if __name__ == "__main__":
-    jobs = json.loads(Path(sys.argv[1]).read_text())
-    prepare(jobs[0]["runner"])
-    import gc
-
-    results = []
-    for job in jobs:
-        results.append(run(job))
-        gc.collect()
-    print(json.dumps(results))

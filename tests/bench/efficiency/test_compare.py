@@ -202,7 +202,15 @@ SETTINGS = {"off": (160, 0.25), "low": (240, 1.0), "high": (320, 4.0)}
 
 def write_sweep(folder: Path, gain: int, speed: float) -> Path:
     for name, (right, duration) in SETTINGS.items():
-        write_arm(folder / name, right + gain, duration / speed, fields={"reasoning_effort": name}, arm="arm")
+        write_arm(
+            folder / name,
+            right + gain,
+            duration / speed,
+            fields={"reasoning_effort": name},
+            arm="arm",
+            config={"margin": None, "reference": "high"},
+            tasks=[{"name": "sums", "chance": 0.25, "questions": QUESTIONS}],
+        )
     return folder
 
 
@@ -222,6 +230,7 @@ def test_sweeps_are_compared_setting_by_setting_and_at_equal_accuracy(
     assert speed["interval"]["estimate"] == pytest.approx(expected) == pytest.approx(2 * 4**0.1)
     assert found["mean_speed_up"] == pytest.approx(2 * 4**0.1)
     assert 0 < found["hypervolume"]["a"] < found["hypervolume"]["b"] < 1
+    assert found["reference"]["accuracy"] == 0.25, "what guessing gets"
     assert compare([str(a), str(b), "--margin", "0.1"]) == 0
     text = capsys.readouterr().out
     assert "all 3 settings together" in text and "2.30x" in text and "interpolated in log cost" in text

@@ -24,6 +24,7 @@ from vllm_puzzle.bench.efficiency.metrics import METRICS, from_json
 from vllm_puzzle.bench.efficiency.record import CORRECT, EMPTY, ERROR, TIMEOUT, TRUNCATED, WRONG, RequestRecord
 from vllm_puzzle.bench.efficiency.report import build, charts_of, report
 from vllm_puzzle.bench.efficiency.report_runs import read_report, read_reports
+from vllm_puzzle.bench.efficiency.report_speculation import baseline, speed_up
 from vllm_puzzle.bench.efficiency.summary import summary_of, write_summary
 from vllm_puzzle.model_configs.schema import ConfigError
 
@@ -67,6 +68,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
                     model=model,
                     load={"kind": "closed", "concurrency": concurrency, "name": f"c{concurrency}"},
                     config={"margin": 0.01, "reference": "on"},
+                    fields={"arm": arm},
                     tasks=[{"name": "sums", "chance": 0.01}],
                 )
     return [tmp_path / model for model in MODELS]
@@ -428,6 +430,27 @@ def test_speculation_and_relative_rates_are_shown_where_there_are_any(sweeps: li
     (row,) = [row for row in rows if row[:3] == ["on", "puzzle", "c4"] and "x" in row[-2]]
     assert row[3:8] == ["parent, on, c4", "2x", "1x", "2x", "2x"]
     assert "Relative request rate" not in build([r for r in read_reports(sweeps) if r.arm != "on"])
+
+
+def test_speculations_speed_up_is_over_the_same_requests_without_it_load_by_load(sweeps: list[Path]) -> None:
+    for load in ("c4", "c10"):
+        file = sweeps[1] / f"on@{load}" / "summary.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"speculation": {"length": 2.5, "rate": 0.5}}))
+    runs = read_reports(sweeps)
+    rows = [[text_of(cell) for cell in row] for row in parsed(build(runs)).iter("tr")]
+    for load in ("c4", "c10"):
+        # The puzzle takes half the parent's time in every block: twice the tokens a second, whatever the block.
+        (row,) = [row for row in rows if row[:3] == [load, "puzzle, on", "parent, on"]]
+        assert row[3:5] == ["2x", "2x … 2x"] and row[-2:] == ["75.0 %", "75.0 %"]
+    spoiled = next(run for run in runs if run.title == "puzzle, on, c4")
+    assert baseline(spoiled, [run for run in runs if run.group == "puzzle"]) is None
+    # Blocks of 1, 2 and 4 times the baseline's rate.
+    (base,) = [run for run in runs if run.title == "parent, on, c4"]
+    scaled = [replace(record, output_tokens=(record.output_tokens or 0) * 2**record.block) for record in base.records]
+    gain = speed_up(replace(base, records=tuple(scaled)), base)
+    reach = 4.302653 * math.log(2) / math.sqrt(3)  # t(0.975, 2), spread of the logarithms 0, log 2, log 4
+    assert gain is not None and gain.estimate == pytest.approx(2)
+    assert (gain.low, gain.high) == pytest.approx((2 / math.exp(reach), 2 * math.exp(reach)), rel=1e-5)
 
 
 def test_charts_never_leave_their_frame(finished: list[Path]) -> None:
