@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 from vllm_puzzle.bench import pocket_train
 from vllm_puzzle.bench.pocket_data import draw_sample, step_batches
 from vllm_puzzle.bench.pocket_decode import PocketModel, answer, greedy
@@ -257,7 +257,8 @@ def test_the_smoke_command_leaves_a_complete_folder_and_reports_both_modes(
 
 def test_hugging_face_computes_the_exported_parent_alike(parent: PocketModel, tmp_path: Path) -> None:
     export(parent, tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    # Not by AutoModel: a test before this one may have registered our configuration class for `llama`.
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     ids = torch.randint(0, 263, (2, 40))
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, load(tmp_path)(ids), rtol=1e-3, atol=1e-4)
