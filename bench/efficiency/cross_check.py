@@ -35,7 +35,7 @@ from vllm_puzzle.bench.efficiency.flags import make_parser
 from vllm_puzzle.bench.efficiency.machine import describe_machine, describe_versions
 from vllm_puzzle.bench.efficiency.question import work_list
 from vllm_puzzle.bench.efficiency.record import RequestRecord, measured, read_records
-from vllm_puzzle.bench.efficiency.resampling import t_quantile
+from vllm_puzzle.bench.efficiency.resampling import geometric_mean
 from vllm_puzzle.model_configs.schema import ConfigError
 
 SCHEMA_VERSION = 1
@@ -113,11 +113,8 @@ def from_summary(summary: Mapping[str, Any]) -> dict[str, float]:
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> tuple[float, float, float]:
     """Geometric mean of theirs over ours, pair by pair, and its 95 % interval (Student's t over rounds)."""
     logs = [math.log(a / b) for a, b in zip(theirs, ours, strict=True)]
-    middle = statistics.fmean(logs)
-    if len(logs) < 2:
-        return math.exp(middle), 0.0, math.inf
-    half = t_quantile(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
+    found = geometric_mean(logs)
+    return found.estimate, found.low, found.high
 
 
 def compared(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

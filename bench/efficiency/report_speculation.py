@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_puzzle.bench.efficiency import html
 from vllm_puzzle.bench.efficiency.report_runs import ReportRun
-from vllm_puzzle.bench.efficiency.resampling import CONFIDENCE, Interval, t_quantile
+from vllm_puzzle.bench.efficiency.resampling import Interval, geometric_mean
 from vllm_puzzle.bench.efficiency.tables import factor, number, percent
 
 # Manifest keys that a run and its baseline have in common; all but the server.
@@ -68,13 +67,7 @@ def speed_up(run: ReportRun, base: ReportRun) -> Interval | None:
     """
     rates, base_rates = block_rates(run), block_rates(base)
     logs = [math.log(rates[block] / base_rates[block]) for block in rates if block in base_rates]
-    if not logs:
-        return None
-    middle = statistics.fmean(logs)
-    if len(logs) == 1:
-        return Interval(math.exp(middle), 0.0, math.inf)
-    reach = t_quantile((1 + CONFIDENCE) / 2, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return Interval(math.exp(middle), math.exp(middle - reach), math.exp(middle + reach))
+    return geometric_mean(logs) if logs else None
 
 
 def block_rates(run: ReportRun) -> dict[int, float]:

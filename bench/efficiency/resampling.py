@@ -8,10 +8,10 @@ many statistics at once. NumPy and the standard library only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import NormalDist
+from statistics import NormalDist, fmean, stdev
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,6 +124,19 @@ def log_reach(logarithms: Array, units: int, confidence: float = CONFIDENCE) -> 
     if units < 2:
         return np.full(logarithms.shape[1:], np.inf)
     return t_quantile((1 + confidence) / 2, units - 1) * math.sqrt(units / (units - 1)) * logarithms.std(axis=0)
+
+
+def mean_reach(values: Sequence[float], confidence: float = CONFIDENCE) -> float:
+    """How far a mean reaches to either side: Student's interval of independent values; infinite for a single one."""
+    if len(values) < 2:
+        return math.inf
+    return t_quantile((1 + confidence) / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+
+
+def geometric_mean(logarithms: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """Of ratios whose logarithms these are, with Student's interval; from 0 to infinity for a single one."""
+    middle, reach = fmean(logarithms), mean_reach(logarithms, confidence)
+    return Interval(math.exp(middle), math.exp(middle - reach), math.exp(middle + reach), confidence)
 
 
 def bootstrap(

@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from vllm_puzzle.bench.efficiency.resampling import CONFIDENCE, t_quantile
+from vllm_puzzle.bench.efficiency.resampling import CONFIDENCE, geometric_mean
 
 A, B = "a", "b"
 ORDERS = ((A, B, B, A), (B, A, A, B))
@@ -68,21 +68,13 @@ def compare(case: str, a: str, b: str, visits: Sequence[Visit], tolerance: float
     if not blocks or any(visit.seconds <= 0 for block in blocks for visit in block):
         raise ValueError(f"comparison of {a} and {b}: found {len(blocks)} whole blocks, allowed: 1 or more, in seconds")
     values = [_log_ratio(block) for block in blocks]
-    centre = fmean(values)
-    reach = interval_reach(values)
-    low, high = math.exp(centre - reach), math.exp(centre + reach)
+    found = geometric_mean(values)
     return Comparison(
-        case, a, b, math.exp(centre), low, high, len(values), tolerance, verdict(low, high, tolerance),
+        case, a, b, found.estimate, found.low, found.high, len(values), tolerance,
+        verdict(found.low, found.high, tolerance),
         tuple(tuple(visit.seconds for visit in block) for block in blocks),
         tuple("".join(visit.arm for visit in block) for block in blocks),
     )  # fmt: skip
-
-
-def interval_reach(values: Sequence[float], confidence: float = CONFIDENCE) -> float:
-    """Half the width of Student's interval of a mean; infinite for a single value."""
-    if len(values) < 2:
-        return math.inf
-    return t_quantile((1 + confidence) / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
 
 
 def verdict(low: float, high: float, tolerance: float | None) -> str:

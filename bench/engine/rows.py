@@ -6,12 +6,12 @@ import csv
 import json
 import os
 import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from vllm_puzzle.bench.commit import CHANGED, UNKNOWN, found_commit
 from vllm_puzzle.bench.efficiency.machine import describe_gpus, describe_machine
 from vllm_puzzle.model_configs.schema import ConfigError
 
@@ -216,19 +216,12 @@ def find_machine() -> Machine:
 
 def find_commit(given: str | None) -> str:
     """The measured commit: as given, else as git tells, with `-dirty` where the tree has changes; else `unknown`."""
-    if given:
-        return given
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--abbrev=12", "--dirty"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+    return given or found_commit()
 
 
 def is_named(commit: str) -> bool:
     """Whether the commit says what was measured."""
-    return bool(commit) and commit != "unknown" and not commit.endswith("-dirty")
+    return bool(commit) and commit != UNKNOWN and not commit.endswith(CHANGED)
 
 
 def without_paths(text: str, *folders: Path) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from vllm_puzzle.bench.commit import found_commit
 from vllm_puzzle.bench.kernel.timing import Timer, summarize
 
 COPY_BYTES = 1 << 30
@@ -78,7 +77,7 @@ def find_card() -> Card:
         name=properties.name,
         l2_bytes=properties.L2_cache_size,
         memory_bytes=properties.total_memory,
-        commit=commit(),
+        commit=found_commit(),
         torch=torch.__version__,
         triton=version_of("triton"),
         cuda=torch.version.cuda or "none",
@@ -94,16 +93,6 @@ def version_of(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "none"
-
-
-def commit() -> str:
-    """The commit that this file's checkout is at, "-dirty" where tracked files differ; "unknown" outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--abbrev=12", "--dirty"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() or "unknown"
 
 
 def measure_ceilings(timer: Timer, device: str, copy_bytes: int = COPY_BYTES, side: int = MATRIX_SIDE) -> Ceilings:

@@ -6,6 +6,7 @@ import math
 import random
 
 import pytest
+from vllm_puzzle.bench.efficiency.resampling import mean_reach
 from vllm_puzzle.bench.engine.paired import (
     MET,
     MISSED,
@@ -16,7 +17,6 @@ from vllm_puzzle.bench.engine.paired import (
     Comparison,
     Visit,
     compare,
-    interval_reach,
     order,
     verdict,
 )
@@ -55,8 +55,8 @@ def test_the_ratio_is_b_s_speed_over_a_s_and_holds_every_visit() -> None:
 
 def test_the_reach_is_students_for_few_blocks() -> None:
     # t of 0.975 with 2 degrees of freedom: 4.303 (any table); s = 1, n = 3.
-    assert interval_reach([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
-    assert interval_reach([1.0]) == math.inf
+    assert mean_reach([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+    assert mean_reach([1.0]) == math.inf
 
 
 def test_one_block_bounds_nothing() -> None:
